@@ -1,0 +1,10 @@
+"""Qwen 2 and 2.5, dense: biases on q, k and v alone."""
+
+from .adapter import ATTENTION, EMBEDDING, GATED_FFN, HEAD, Adapter
+
+ADAPTER = Adapter(
+    model_type="qwen2",
+    weights=(EMBEDDING, *ATTENTION, *GATED_FFN, *HEAD),
+    defaults={"num_key_value_heads": 32},
+    flags={"qkv_bias": True},
+)

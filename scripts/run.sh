@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs a target of the Makefile: scripts/run.sh demo|test|check|bench|train-demo [ARGUMENT...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Sets `python` to an interpreter that has the named groups of requirements.
+use() {
+  command -v python3 >/dev/null || { echo "python3 not found: install Python 3.10 or newer" >&2; exit 1; }
+  python=$(python3 scripts/environment.py "$@")
+}
+
+target=${1:-}
+shift || true
+case $target in
+  demo)       use run;                  exec "$python" -m tp_runtime.generate "$@" ;;
+  test)       use run test 'notebook?'; exec "$python" -m pytest "$@" ;;
+  check)      use check;                "$python" -m ruff check "$@"; exec "$python" -m mypy ;;
+  bench)      use run bench;            exec "$python" -m pytest bench --benchmark-only "$@" ;;
+  train-demo) use run;                  exec "$python" -m scripts.train_demo "$@" ;;
+  *)          echo "usage: scripts/run.sh demo|test|check|bench|train-demo [ARGUMENT...]" >&2; exit 2 ;;
+esac

@@ -1,0 +1,129 @@
+"""Tiny random models of every family, as Hugging Face builds them: what a sharded model is compared with.
+
+The shapes are chosen to break what divides by luck: odd FFN and vocabulary, a head size that is not hidden / heads, head counts
+that no tp_size divides. The weights are drawn so that every layer matters and logits are of size 1: a wrong head, row or sign
+moves them by far more than the tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tp_runtime.models.adapter import FAMILIES
+
+HEADS = ((12, 4), (12, 2), (12, 1), (14, 2), (9, 3))  # query heads, key/value heads
+SIZES = {"num_hidden_layers": 2, "head_dim": 8, "vocab_size": 509, "intermediate_size": 389, "max_position_embeddings": 64}
+EXPERT_SIZES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 45, "norm_topk_prob": True},
+}
+SPARSE = tuple(EXPERT_SIZES)
+DENSE = tuple(family for family in FAMILIES if family not in SPARSE)
+
+_SLIDING = {"use_sliding_window": True, "sliding_window": 4}
+# What a config can ask for beside its sizes: name -> family, heads, options.
+VARIANTS: dict[str, tuple[str, tuple[int, int], dict]] = {
+    "llama-biased": ("llama", (12, 2), {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", (14, 2), {"tie_word_embeddings": True}),
+    "llama-gelu": ("llama", (12, 4), {"hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2-tied": ("qwen2", (14, 2), {"tie_word_embeddings": True}),
+    "qwen3-biased-tied": ("qwen3", (9, 3), {"attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral-400": ("mixtral", (12, 2), {"intermediate_size": 400}),
+    "mixtral-tied": ("mixtral", (9, 3), {"tie_word_embeddings": True}),
+    "qwen3_moe-dense-first": ("qwen3_moe", (12, 2), {"mlp_only_layers": [0]}),
+    "qwen3_moe-sparse-second": ("qwen3_moe", (9, 3), {"decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "mistral-sliding": ("mistral", (12, 2), {"sliding_window": 4}),
+    "qwen2-sliding": ("qwen2", (9, 3), {**_SLIDING, "max_window_layers": 0}),
+    "qwen2-mixed": ("qwen2", (14, 2), {**_SLIDING, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen3-mixed": ("qwen3", (12, 4), {**_SLIDING, "max_window_layers": 1}),
+    "qwen3_moe-sliding": ("qwen3_moe", (12, 1), _SLIDING),
+    "mixtral-sliding": ("mixtral", (14, 2), {"sliding_window": 4}),
+}
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}
+for _type, _scaling in ROPE.items():
+    _rope = {"rope_parameters": {"rope_type": _type, "rope_theta": 10000.0, **_scaling}}
+    VARIANTS[f"llama-{_type}"] = ("llama", (12, 2), {**_rope, "max_position_embeddings": 8 if _type == "dynamic" else 64})
+
+
+def tiny(
+    model_type: str,
+    heads: tuple[int, int] = (12, 2),
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options,
+) -> PreTrainedModel:
+    """A model with random weights, the same for equal arguments up to the rounding to `dtype`.
+
+    Args:
+        heads: query heads, key/value heads.
+        options: config values, beside or instead of `SIZES`.
+    """
+    num_heads, num_kv_heads = heads
+    sizes = {**SIZES, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "hidden_size": 4 * num_heads}
+    config = CONFIG_MAPPING[model_type](**{**sizes, **EXPERT_SIZES.get(model_type, {}), **options})
+    # Hugging Face's default experts take no width that is not a multiple of 16 bytes.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            values = 1 + values / 8
+        elif values.dim() > 1 and ("embed_tokens" not in name or config.tie_word_embeddings):
+            values = values / parameter.shape[-1] ** 0.5
+        parameter.data.copy_(values)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model that nobody runs (some rotary embeddings remember the longest sequence), and what a copy of it says.
+
+    Args:
+        ids: [2, 9].
+        logits: of `ids`, [2, 9, V].
+        tokens: `ids` and what follows greedily, [2, 15].
+    """
+
+    model: PreTrainedModel
+    ids: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+    def copy(self) -> PreTrainedModel:
+        """The model of one rank."""
+        return copy.deepcopy(self.model)
+
+
+@functools.cache
+def reference(name: str) -> Reference:
+    """The unsharded model of a name: a key of `VARIANTS`, or family and heads: `llama-12/4`."""
+    if name in VARIANTS:
+        model_type, heads, options = VARIANTS[name]
+    else:
+        model_type, _, text = name.partition("-")
+        heads, options = tuple(map(int, text.split("/"))), {}
+    model = tiny(model_type, heads, **options)
+    return Reference(model, prompt(), *answers(copy.deepcopy(model), prompt()))
+
+
+def answers(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of `ids`; `ids` with six tokens more, chosen greedily."""
+    with torch.no_grad():
+        return model(ids).logits, model.generate(ids, max_new_tokens=6, do_sample=False)
+
+
+def prompt(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """Random token ids [batch, length] without the padding token 0."""
+    return torch.randint(1, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,113 @@
+"""The decoder block that the layers are assembled into: attention, gated FFN, rotary embedding.
+
+One rank's view of a block, for tokens x [B, S, H]:
+
+    q, k, v = qkv_proj(norm(x))            this rank's heads
+    q, k    = rope(q, k)                   in one pass over both
+    x       = x + o_proj(attention(q, k, v))    all-reduce
+    x       = x + down_proj(act(gate) * up)     all-reduce
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layers import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from .plan import HeadPlan
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
+
+    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed once a
+    forward pass, not once a layer.
+
+    Returns:
+        cos and signed sin, [B, S, 1, D] each.
+    """
+
+    def __init__(self, rotary_emb: nn.Module):
+        super().__init__()
+        self.rotary_emb = rotary_emb
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rotary_emb(x, position_ids=position_ids)
+        low, high = sin.chunk(2, dim=-1)
+        return cos.unsqueeze(2), torch.cat((-low, high), dim=-1).unsqueeze(2)
+
+
+class ParallelAttention(nn.Module):
+    """Attention over a rank's query heads and the key/value heads that they read. Returns the reduced output.
+
+    Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide, a
+    rank's query heads may be spread unevenly over its key/value heads; then each query head gets its own copy of the one
+    that it reads, after the cache, so that the cache still holds each head once.
+    """
+
+    def __init__(self, attention: nn.Module, heads: HeadPlan, qkv_proj: QKVParallelLinear, o_proj: RowParallelLinear):
+        super().__init__()
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.head_dim, self.scaling, self.is_causal = attention.head_dim, attention.scaling, attention.is_causal
+        self.num_heads_local, self.num_kv_heads_local = heads.num_heads, heads.num_kv_heads
+        self.qkv_proj, self.o_proj = qkv_proj, o_proj
+        self.sliding_window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
+        self._eager = sys.modules[type(attention).__module__].eager_attention_forward
+        self._num_qk_heads = heads.num_heads + heads.num_kv_heads
+        self._qk_features = self._num_qk_heads * self.head_dim
+        self._split = [heads.num_heads, heads.num_kv_heads]
+        groups, rest = divmod(heads.num_heads, heads.num_kv_heads)
+        is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
+        self.num_key_value_groups = groups if is_even else 1
+        self.kv_of_query = None if is_even else list(heads.kv_of_query)
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Args:
+            hidden_states: [B, S, H], whole on every rank.
+            position_embeddings: what `RotaryEmbedding` returns.
+
+        Returns:
+            [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
+        """
+        shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states)
+        qk = qkv[..., : self._qk_features].view(*shape, self._num_qk_heads, self.head_dim)
+        v = qkv[..., self._qk_features :].view(*shape, self.num_kv_heads_local, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            q, k = qk.split(self._split, dim=-2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        cos, signed_sin = position_embeddings
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), signed_sin)
+        q, k = qk.transpose(1, 2).split(self._split, dim=1)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        if self.kv_of_query is not None:
+            k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
+        y, _ = attend(
+            self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, sliding_window=self.sliding_window, **kwargs
+        )
+        return self.o_proj(y.reshape(*shape, -1)), None
+
+    def extra_repr(self) -> str:
+        return f"num_heads_local={self.num_heads_local}, num_kv_heads_local={self.num_kv_heads_local}, head_dim={self.head_dim}"
+
+
+class ParallelMLP(nn.Module):
+    """down_proj(act(gate) * up), gate and up in one GEMM, cut along the intermediate width."""
+
+    def __init__(self, gate_up_proj: MergedColumnParallelLinear, down_proj: RowParallelLinear, act_fn: nn.Module):
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)

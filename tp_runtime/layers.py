@@ -1,0 +1,246 @@
+"""The modules that hold a rank's part of a layer, by Megatron's names.
+
+    W = [W_0; W_1; ...]   cut along N: ColumnParallelLinear. x is whole on every rank, y is cut.
+    W = [W_0, W_1, ...]   cut along K: RowParallelLinear. x is cut, y is summed over ranks: one all-reduce.
+
+A column-parallel layer followed by a row-parallel one needs no communication between the two.
+
+A module that replaces one or more Hugging Face modules says with `shards(name)` which part of it is which of their parameters,
+by Hugging Face's names within the parent module: loading, patching and unpatching all go through these views. Any part may be empty: a rank may hold
+no vocabulary, and small models have fewer 16-byte units than ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .comm import Communicator
+from .kernels.gemm import gemm
+from .overlap import row_parallel
+from .plan import Range
+
+
+def _parameter(*shape: int, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y_shard_n[..., N_r] = x[..., K] @ w_shard_n[N_r, K].T + bias[N_r]: several projections of one input in one GEMM.
+
+    Args:
+        parts: name -> local output features, in the order in which they are stacked.
+        in_features: K.
+        bias: whether there is one.
+        like: a tensor of the wanted dtype and device.
+    """
+
+    def __init__(self, parts: Mapping[str, int], in_features: int, bias: bool, like: torch.Tensor):
+        super().__init__()
+        self.parts = dict(parts)
+        self.out_features_local = sum(parts.values())
+        self.in_features = in_features
+        self.weight = _parameter(self.out_features_local, in_features, like=like)
+        self.bias = _parameter(self.out_features_local, like=like) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gemm(x, self.weight, self.bias)
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        names, sizes = list(self.parts), list(self.parts.values())
+        views = {f"{n}.weight": w for n, w in zip(names, self.weight.detach().split(sizes), strict=True)}
+        if self.bias is not None:
+            views |= {f"{n}.bias": b for n, b in zip(names, self.bias.detach().split(sizes), strict=True)}
+        return views
+
+    def extra_repr(self) -> str:
+        parts = " + ".join(f"{name} {size}" for name, size in self.parts.items())
+        return f"in_features={self.in_features}, out_features_local={self.out_features_local} ({parts}), bias={self.bias is not None}"
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """gate and up, stacked in this order: [2 * I_r, H]."""
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """q, k and v of a rank's heads, stacked in this order: [(H_q + 2 * H_kv) * D, H]."""
+
+
+class RowParallelLinear(nn.Module):
+    """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once. Same bits on every rank."""
+
+    def __init__(self, in_features_local: int, out_features: int, bias: bool, like: torch.Tensor, comm: Communicator):
+        super().__init__()
+        self.comm = comm
+        self.in_features_local, self.out_features = in_features_local, out_features
+        self.weight = _parameter(out_features, in_features_local, like=like)
+        self.bias = _parameter(out_features, like=like) if bias else None
+
+    def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
+        return row_parallel(x_shard_k, self.weight, self.bias, self.comm)
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        views = {f"{name}.weight": self.weight.detach()}
+        return views if self.bias is None else {**views, f"{name}.bias": self.bias.detach()}
+
+    def extra_repr(self) -> str:
+        return f"in_features_local={self.in_features_local}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class VocabParallelEmbedding(nn.Module):
+    """y[..., H] = weight[ids], each rank holding the rows [start, stop) of the table: one all-reduce, exact in any dtype.
+
+    A rank looks up the tokens of other ranks in a row of zeros that it keeps before its first and after its last row, so that
+    a lookup is a clamp and a gather. The first rank has none before and the last none after: there, an id outside the
+    vocabulary is the IndexError that it is in `nn.Embedding`.
+    """
+
+    def __init__(self, vocab: Range, vocab_size: int, hidden_size: int, like: torch.Tensor, comm: Communicator):
+        super().__init__()
+        self.vocab, self.vocab_size, self.comm = vocab, vocab_size, comm
+        start, stop = vocab
+        self._before, self._after = int(start > 0), int(stop < vocab_size)
+        self.weight = _parameter(self._before + stop - start + self._after, hidden_size, like=like)
+        # The zeros, where there are some; else an index that `F.embedding` refuses.
+        self._bounds = self._before - 1, len(self.weight) - self._after
+        self.zero_other_rows()
+
+    def zero_other_rows(self) -> None:
+        """Call after the memory of `weight` was allocated anew (`to_empty`)."""
+        if self._before:
+            self.weight.data[0].zero_()
+        if self._after:
+            self.weight.data[-1].zero_()
+
+    def rows(self) -> torch.Tensor:
+        """This rank's rows of the table, [stop - start, H], a view."""
+        return self.weight.detach()[self._before : len(self.weight) - self._after]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.comm.size == 1:
+            return F.embedding(ids, self.weight)
+        local = (ids - (self.vocab[0] - self._before)).clamp_(*self._bounds)
+        return self.comm.all_reduce(F.embedding(local, self.weight))
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self.rows()}
+
+    def extra_repr(self) -> str:
+        return f"vocab=[{self.vocab[0]}, {self.vocab[1]}) of {self.vocab_size}, hidden_size={self.weight.shape[1]}"
+
+
+class ParallelLMHead(nn.Module):
+    """logits[..., V] = x[..., H] @ w[V, H].T, each rank computing its part of the vocabulary: one all-gather.
+
+    Args:
+        vocab: each rank's part of the vocabulary.
+        tied: the embedding whose table this head shares, or None.
+    """
+
+    def __init__(
+        self,
+        vocab: Sequence[Range],
+        hidden_size: int,
+        like: torch.Tensor,
+        comm: Communicator,
+        tied: VocabParallelEmbedding | None = None,
+    ):
+        super().__init__()
+        self.comm, self.hidden_size = comm, hidden_size
+        self.lengths = [stop - start for start, stop in vocab]
+        self.vocab = vocab[comm.rank]
+        object.__setattr__(self, "tied", tied)  # not a child: the embedding stands in the module tree once
+        if tied is None:
+            self._weight = _parameter(self.lengths[comm.rank], hidden_size, like=like)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[V_r, H]."""
+        return self._weight if self.tied is None else self.tied.rows()
+
+    def logits_shard_v(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's part of the vocabulary, [..., V_r]."""
+        return gemm(x, self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.comm.all_gather(self.logits_shard_v(x), self.lengths)
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        return {} if self.tied is not None else {f"{name}.weight": self.weight.detach()}
+
+    def extra_repr(self) -> str:
+        tied = ", tied to the embedding" if self.tied is not None else ""
+        return f"in_features={self.hidden_size}, vocab=[{self.vocab[0]}, {self.vocab[1]}) of {sum(self.lengths)}{tied}"
+
+
+class ParallelExperts(nn.Module):
+    """The experts of a MoE layer, each cut along its intermediate width.
+
+        gate, up = x @ gate_up_proj[e].T            [T_e, I_r] each
+        y[t]     = sum over t's experts e of weight[t, e] * (act(gate) * up) @ down_proj[e].T
+        y        = sum of y over ranks
+
+    Takes the place of Hugging Face's experts module: same signature, packed weights gate_up_proj [E, 2 * I_r, H] and
+    down_proj [E, H, I_r]. Accumulates in float32, rounds once before the all-reduce.
+    """
+
+    def __init__(
+        self, num_experts: int, width: int, hidden_size: int, act_fn: Callable, like: torch.Tensor, comm: Communicator
+    ):
+        super().__init__()
+        self.num_experts, self.width, self.hidden_size, self.comm = num_experts, width, hidden_size, comm
+        self.act_fn = act_fn
+        self.gate_up_proj = _parameter(num_experts, 2 * width, hidden_size, like=like)
+        self.down_proj = _parameter(num_experts, hidden_size, width, like=like)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, k], expert of each token.
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, H], the same bits on every rank.
+        """
+        top_k = top_k_index.shape[1]
+        y = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        order = top_k_index.flatten().argsort(stable=True)
+        token_of_slot, weight_of_slot = order // top_k, top_k_weights.flatten()[order].float().unsqueeze(1)
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                token = token_of_slot[start : start + count]
+                gate, up = gemm(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+                part = gemm(self.act_fn(gate) * up, self.down_proj[expert])
+                y.index_add_(0, token, part * weight_of_slot[start : start + count])
+                start += count
+        return self.comm.all_reduce(y.to(hidden_states.dtype))
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.gate_up_proj": self.gate_up_proj.detach(), f"{name}.down_proj": self.down_proj.detach()}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, width_local={self.width}"
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; whole on every rank. One op where HF's takes eight."""
+
+    def __init__(self, size: int, eps: float, like: torch.Tensor):
+        super().__init__()
+        self.weight, self.eps = _parameter(size, like=like), eps
+        self._shape = (size,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self.weight.detach()}
+
+    def extra_repr(self) -> str:
+        return f"{self._shape}, eps={self.eps}"

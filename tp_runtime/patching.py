@@ -1,0 +1,389 @@
+"""patch(model): a live Hugging Face model becomes this rank's part of a tensor-parallel one, in place; unpatch undoes it.
+
+What is replaced, by attribute name, in the instance and never in a class:
+
+    model.embed_tokens         VocabParallelEmbedding          layer.mlp (dense)      ParallelMLP
+    model.rotary_emb           RotaryEmbedding                 layer.mlp.experts      ParallelExperts
+    layer.self_attn            ParallelAttention               lm_head                ParallelLMHead
+    every norm                 RMSNorm
+
+The rest of the model is Hugging Face's: its forward pass, its masks, its caches, its generate().
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import torch
+from torch import nn
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+from .block import ParallelAttention, ParallelMLP, RotaryEmbedding
+from .comm import Communicator, communicator
+from .config import RuntimeConfig
+from .layers import (
+    MergedColumnParallelLinear,
+    ParallelExperts,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from .models.adapter import Source, adapter_for
+from .plan import ITEM_BYTES, Plan, make_plan
+from .sampling import draw_in_step
+from .shard import copies
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` replaced: (path, class before, class after) for each module, and the bytes of weights left on this rank."""
+
+    model_type: str
+    tp_rank: int
+    tp_size: int
+    replaced: tuple[tuple[str, str, str], ...]
+    weight_bytes: int
+
+    def __str__(self) -> str:
+        counts: dict[tuple[str, str, str], int] = {}
+        for path, before, after in self.replaced:
+            key = (re.sub(r"\.\d+\.", ".*.", path), before, after)
+            counts[key] = counts.get(key, 0) + 1
+        lines = [f"{self.model_type}, rank {self.tp_rank} of {self.tp_size}, {self.weight_bytes / 2**20:.1f} MiB of weights"]
+        lines += [f"  {path}: {before} -> {after} ({n})" for (path, before, after), n in counts.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Patch:
+    """What was done to a model: what runs it, and what `unpatch` needs to undo it."""
+
+    comm: Communicator
+    plan: Plan
+    swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)
+    hooks: list = field(default_factory=list)
+    report: PatchReport | None = None
+
+    def swap(self, model: nn.Module, path: str, new: nn.Module) -> None:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        old = getattr(parent, name)
+        new.train(old.training)
+        setattr(parent, name, new)
+        self.swaps.append((parent, name, old))
+        self.replaced.append((path, type(old).__name__, type(new).__name__))
+
+
+def patch(model: nn.Module, group=None, plan: Plan | None = None, config: RuntimeConfig | None = None) -> PatchReport:
+    """Cuts `model` in place to this rank's part. Every rank calls it, with the same model.
+
+    The model may be in memory (its full weights are released as they are cut) or on the meta device (then
+    `load_weights` fills it). Afterwards `print(model)` shows local shapes, and `model.generate()` gives every rank the same
+    tokens. A second call on the same model changes nothing. The patched model is for inference.
+
+    Args:
+        model: a Hugging Face causal language model of a supported family.
+        group: process group, 1-D DeviceMesh or Communicator; None: the default group, or a single rank where there is none.
+        plan: how to cut; None: `make_plan(model.config, size of the group)`.
+        config: must leave dtype and device alone: the model has them.
+
+    Raises:
+        ValueError: a family without support; a plan of another model or size; ranks that were given different models.
+    """
+    if (done := getattr(model, "_tp_runtime", None)) is not None:
+        return done.report
+    comm = communicator(group)
+    comm.check_agreement(_identity(model, plan, config))  # first: what fails below, fails on every rank
+    if not hasattr(model, "config") or not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} is no Hugging Face causal language model")
+    adapter_for(model.config.model_type)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"the model's dtype is {dtype}; supported: {', '.join(ITEM_BYTES)}")
+    if config is not None and config.dtype not in ("auto", dtype):
+        raise ValueError(f"dtype={config.dtype!r}, but the model is {dtype}; convert it first: model.to(torch.{config.dtype})")
+    plan = plan or make_plan(model.config, comm.size, dtype=dtype)
+    _check_plan(model, plan, comm)
+
+    state = Patch(comm, plan)
+    for name, parameter in model.named_parameters():
+        state.parameters[name] = parameter
+    _replace_embedding(model, state)
+    for index, layer in enumerate(model.model.layers):
+        _replace_layer(model, state, f"model.layers.{index}", layer)
+    _replace_norm(model, state, "model.norm")
+    _replace_head(model, state)
+    state.report = PatchReport(
+        plan.model_type, comm.rank, comm.size, tuple(state.replaced), plan.weight_bytes(comm.rank)
+    )
+    object.__setattr__(model, "_tp_runtime", state)
+    state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
+    model.generate = _in_step(model, comm)
+    model.save_pretrained = _refuse_to_save
+    return state.report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives `model` its own modules and full weights back, bit for bit. Every rank calls it: the parts are gathered.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    state = patch_of(model)
+    views = local_views(model)
+    whole = {name: _gather(views[name], state.plan, name, state.comm) for name in state.parameters if not views[name].is_meta}
+    for parent, name, old in reversed(state.swaps):
+        setattr(parent, name, old)
+        old.train(model.training)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((module, name))
+    for name, value in whole.items():
+        parameter = state.parameters[name]
+        if not parameter.is_meta:
+            parameter.data = value
+        else:  # built on meta, filled since
+            new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            for module, attribute in owners.get(id(parameter), ()):
+                setattr(module, attribute, new)
+    for hook in state.hooks:
+        hook.remove()
+    del model.generate, model.save_pretrained, model._tp_runtime
+
+
+def local_views(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter of a patched model, by Hugging Face's name; views, not copies."""
+    views, ours = {}, []
+    for path, module in model.named_modules():
+        if hasattr(module, "shards"):
+            parent, _, name = path.rpartition(".")
+            views |= {f"{parent}.{key}" if parent else key: view for key, view in module.shards(name).items()}
+            ours.append(path + ".")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(ours)):
+            views[name] = parameter.detach()
+    return views
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """What `patch` did to this model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if (state := getattr(model, "_tp_runtime", None)) is None:
+        raise ValueError("the model is not patched: call tp_runtime.patch(model) first")
+    return state
+
+
+def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None) -> dict[str, object]:
+    """What every rank must have been given alike, by the name that an error shows. Of the weights a sample is compared."""
+    hf_config = getattr(model, "config", None)
+    values = json.loads(hf_config.to_json_string(use_diff=False)) if hasattr(hf_config, "to_json_string") else {}
+    samples = [p.detach().flatten()[:: max(1, p.numel() // 64)] for p in model.parameters() if not p.is_meta]
+    numbers = torch.cat(samples).float().cpu().numpy().tobytes() if samples else b""
+    return {
+        "model": type(model).__name__,
+        "dtype": str(getattr(model, "dtype", None)),
+        **{f"config.{name}": value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")},
+        "weights": f"sha256 {sha256(numbers).hexdigest()[:12]}",
+        "plan": plan and plan.to_json(),
+        "config": repr(config),
+    }
+
+
+def _check_plan(model: nn.Module, plan: Plan, comm: Communicator) -> None:
+    if plan.tp_size != comm.size:
+        raise ValueError(f"the plan is for {plan.tp_size} ranks, the group has {comm.size}")
+    if plan.model_type != model.config.model_type:
+        raise ValueError(f"the plan is for {plan.model_type!r}, the model is {model.config.model_type!r}")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    planned = {name: plan.parameter(name).shape for name in plan.names()}
+    if wrong := sorted(name for name in shapes.keys() | planned.keys() if shapes.get(name) != planned.get(name)):
+        name = wrong[0]
+        raise ValueError(
+            f"model and plan differ in {len(wrong)} parameters, first {name}: "
+            f"{shapes.get(name, 'absent')} in the model, {planned.get(name, 'absent')} in the plan"
+        )
+
+
+def _fill(model_path: str, new: nn.Module, state: Patch) -> nn.Module:
+    """Copies this rank's part of the parameters that `new` replaces into it and releases theirs."""
+    parent, _, name = model_path.rpartition(".")
+    for key, view in new.shards(name).items():
+        full_name = f"{parent}.{key}" if parent else key
+        parameter = state.parameters[full_name]
+        if parameter.is_meta:
+            continue
+        entry = state.plan.parameter(full_name)
+        with torch.no_grad():
+            for copy in copies(entry, state.comm.rank, Source(full_name, entry.shape)):
+                view[copy.local_index].copy_(parameter[copy.stored_index])
+            parameter.data = parameter.data.new_empty(0)
+    return new
+
+
+def _replace_embedding(model: nn.Module, state: Patch) -> None:
+    old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
+    vocab = entry.ranges[state.comm.rank][0]
+    new = VocabParallelEmbedding(vocab, *entry.shape, like=old.weight, comm=state.comm)
+    state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
+    state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb))
+
+
+def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) -> None:
+    like = layer.input_layernorm.weight.new_empty(0)
+    _replace_norm(model, state, f"{path}.input_layernorm")
+    _replace_norm(model, state, f"{path}.post_attention_layernorm")
+    attention = layer.self_attn
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(attention, norm):
+            _replace_norm(model, state, f"{path}.self_attn.{norm}")
+    qkv_proj = _columns(QKVParallelLinear, state, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), like)
+    o_proj = _rows(state, f"{path}.self_attn.o_proj", like)
+    heads = state.plan.heads[state.comm.rank]
+    state.swap(model, f"{path}.self_attn", ParallelAttention(attention, heads, qkv_proj, o_proj))
+    if hasattr(layer.mlp, "experts"):
+        experts = layer.mlp.experts
+        entry = state.plan.parameter(f"{path}.mlp.experts.down_proj")
+        num_experts, hidden_size, width = entry.local_shape(state.comm.rank)
+        new = ParallelExperts(num_experts, width, hidden_size, experts.act_fn, like, state.comm)
+        state.swap(model, f"{path}.mlp.experts", _fill(f"{path}.mlp.experts", new, state))
+    else:
+        gate_up_proj = _columns(MergedColumnParallelLinear, state, f"{path}.mlp", ("gate_proj", "up_proj"), like)
+        down_proj = _rows(state, f"{path}.mlp.down_proj", like)
+        state.swap(model, f"{path}.mlp", ParallelMLP(gate_up_proj, down_proj, layer.mlp.act_fn))
+
+
+def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.Tensor) -> nn.Module:
+    shapes = {name: state.plan.parameter(f"{path}.{name}.weight").local_shape(state.comm.rank) for name in names}
+    bias = f"{path}.{names[0]}.bias" in state.parameters
+    new = cls({name: rows for name, (rows, _) in shapes.items()}, shapes[names[0]][1], bias, like)
+    return _fill(f"{path}.{names[0]}", new, state)
+
+
+def _rows(state: Patch, path: str, like: torch.Tensor) -> nn.Module:
+    out_features, in_features_local = state.plan.parameter(f"{path}.weight").local_shape(state.comm.rank)
+    bias = f"{path}.bias" in state.parameters
+    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, state.comm), state)
+
+
+def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
+    old = model.get_submodule(path)
+    new = RMSNorm(old.weight.numel(), old.variance_epsilon, old.weight)
+    state.swap(model, path, _fill(path, new, state))
+
+
+def _replace_head(model: nn.Module, state: Patch) -> None:
+    embedding = model.model.embed_tokens
+    is_tied = "lm_head.weight" not in state.parameters
+    entry = state.plan.parameter("model.embed_tokens.weight")
+    new = ParallelLMHead(
+        [ranges[0] for ranges in entry.ranges],
+        entry.shape[1],
+        embedding.weight,
+        state.comm,
+        tied=embedding if is_tied else None,
+    )
+    state.swap(model, "lm_head", _fill("lm_head", new, state))
+
+
+def _gather(view: torch.Tensor, plan: Plan, name: str, comm: Communicator) -> torch.Tensor:
+    """The full parameter from all ranks' parts; where several ranks hold the same part, they hold the same bits."""
+    entry = plan.parameter(name)
+    if entry.dim is None:
+        return view.clone()
+    whole = torch.empty(entry.shape, dtype=view.dtype, device=view.device)
+    for rank in range(comm.size):
+        part = view.contiguous().clone() if rank == comm.rank else view.new_empty(entry.local_shape(rank))
+        if part.numel():
+            comm.broadcast(part, source=rank)
+        for copy in copies(entry, rank, Source(name, entry.shape)):
+            whole[copy.stored_index] = part[copy.local_index]
+    return whole
+
+
+def _refuse_what_is_cut(model: nn.Module, args, kwargs) -> None:
+    if model.training:
+        raise ValueError("a patched model is for inference: call model.eval(), or unpatch it to train")
+    if kwargs.get("output_attentions") or model.config.output_attentions:
+        raise ValueError("attention maps are cut across ranks by heads; unpatch the model to read them")
+
+
+def _refuse_to_save(*args, **kwargs):
+    raise ValueError("a patched model holds one rank's part; unpatch(model) before save_pretrained()")
+
+
+def _in_step(model: nn.Module, comm: Communicator) -> Callable:
+    """Hugging Face's generate(), checked to be called alike on every rank; drawing and stopping alike on every rank."""
+    generate = model.generate
+    signature = inspect.signature(generate)
+
+    @functools.wraps(generate)
+    def generate_in_step(*args, **kwargs):
+        if comm.size == 1:
+            return generate(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        fields = {**arguments, "model.generation_config": model.generation_config}
+        comm.check_agreement({name: text for name, value in fields.items() if (text := _describe(value)) is not None})
+        _refuse_clocks(arguments, model.generation_config)
+        if criteria := arguments.get("stopping_criteria"):
+            told = [c if isinstance(c, _OF_TOKENS) else _AskRankZero(c, comm) for c in criteria]
+            arguments["stopping_criteria"] = StoppingCriteriaList(told)
+        with draw_in_step(comm):
+            return generate(**arguments)
+
+    return generate_in_step
+
+
+_OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)  # they say the same on every rank
+
+
+class _AskRankZero(StoppingCriteria):
+    """Rank 0's answer, on every rank: a clock or a caller's own criterion may see something else on each."""
+
+    def __init__(self, criterion: Callable, comm: Communicator):
+        self.criterion, self.comm = criterion, comm
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        done = torch.as_tensor(self.criterion(input_ids, scores, **kwargs), device=input_ids.device)
+        return self.comm.broadcast(done.to(torch.uint8)).bool()
+
+
+def _refuse_clocks(arguments: dict, default) -> None:
+    for config in (arguments.get("generation_config"), default):
+        if arguments.get("max_time") is not None or getattr(config, "max_time", None) is not None:
+            raise ValueError(
+                "max_time: each rank would stop by its own clock; pass stopping_criteria=[MaxTimeCriteria(seconds)], "
+                "of which rank 0's counts"
+            )
+
+
+def _describe(value):
+    """A JSON-able stand-in by which two ranks' arguments can be compared; None for what is a rank's own business."""
+    if isinstance(value, torch.Tensor):
+        about = [str(value.dtype), list(value.shape)]
+        if value.numel() <= 64:
+            return [*about, value.tolist()]
+        return [*about, sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return [_describe(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _describe(v) for k, v in value.items()}
+    if hasattr(value, "to_diff_dict"):  # GenerationConfig
+        return _describe(value.to_diff_dict())
+    return None
