@@ -113,6 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     """Contender -> us a layer, one value a repeat."""
     import torch
 
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with random_llama.folder(None) as folder:
         plain, theirs, ours = models(random_llama.checkpoint(folder, SIZE, "float32"))
@@ -127,6 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
             if i >= 0:
                 per_layer[name].append(us)
     torch.distributed.destroy_process_group()
+    torch.set_num_threads(num_threads)
     return per_layer
 
 

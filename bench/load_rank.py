@@ -26,19 +26,12 @@ LOADERS = {"ours": tp_runtime.load, "transformers": load_sharded}
 def answer(request: dict) -> dict:
     """What loading `checkpoint` and a first forward pass over `prompt_ids` took, the way of `side`, after `warm_up`.
 
-    With `is_check` nothing is timed: every weight is compared with the files instead.
+    With `is_check` every weight is compared with the files afterwards.
     """
     load, path = LOADERS[request["side"]], Path(request["checkpoint"])
     ids = torch.tensor(request["prompt_ids"])
     load(request["warm_up"])(ids[:, :2] * 0)
     gc.collect()
-    if request["is_check"]:
-        model = load(path)
-        if request["side"] == "ours":
-            tp_runtime.unpatch(model)
-        check_weights(model, path)
-        return {}
-
     dist.barrier()
     proc.reset_peak()
     memory_before, read_before = proc.memory_bytes(), proc.read_bytes()
@@ -51,7 +44,7 @@ def answer(request: dict) -> dict:
     dist.barrier()
     ready_s = time.perf_counter() - started
     memory, mapped = proc.memory_bytes(), proc.mapped_bytes(path)
-    return {
+    figures = {
         "load_s": load_s,
         "ready_s": ready_s,
         "read_call_bytes": read,
@@ -61,6 +54,11 @@ def answer(request: dict) -> dict:
         "resident_peak_bytes": memory["peak"],
         "anonymous_growth_bytes": memory["anon"] - memory_before["anon"],
     }
+    if request["is_check"]:
+        if request["side"] == "ours":
+            tp_runtime.unpatch(model)
+        check_weights(model, path)
+    return figures
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from unittest import mock
 
 import torch
 import torch.distributed as dist

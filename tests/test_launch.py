@@ -30,6 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever pytest was 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def block():
+    signal.alarm(20)  # the end of an orphan, if a test fails
     while True:
         signal.pause()
 
@@ -75,8 +76,8 @@ def start(tmp_path):
     yield start
     for process, watchdog in started:
         watchdog.cancel()
-        process.kill()
-        process.communicate()
+        with process:  # closes the pipes and waits
+            process.kill()
 
 
 @pytest.fixture
@@ -150,6 +151,7 @@ def test_r1_killed_rank_is_named(start, finish):
     """Catches ranks that outlive a killed peer, and a message without rank, signal, phase or step."""
     body = """
 def main(env):
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C is the launcher's
     env.heartbeat.beat("decode", 57)
     tell(env.rank, os.getpid())
     block()
@@ -221,6 +223,7 @@ def test_r3_own_error_is_shown_and_not_its_echo(start, finish, peers_come):
     """Catches a peer's "connection closed" shown in place of, or beside, the error behind it, whichever comes first."""
     body = f"""
 earlier = {peers_come == "earlier"}
+launcher._GRACE_S = 1.0  # a busy machine
 def main(env):
     env.heartbeat.beat("decode", 3)
     if env.rank == 1:
@@ -278,7 +281,8 @@ def main(env):
     ready(process, 2)
     done = finish(process, within_s=2.5)
     assert done.code == 124
-    assert done.ours == ["no progress for 0.5 s: rank 1 lags in decode, step 7, last collective all_reduce number 7"]
+    where = "rank 1 lags in decode, step 7, last collective all_reduce number 7"
+    assert done.ours == [f"no progress for 0.5 s: {where}" + ", its process stopped" * (how == "stopped")]
     assert "in stand_still" in done.err and "be_rank" not in done.err
 
 
@@ -389,9 +393,24 @@ def main(env):
     assert (done.code, done.err) == (130, "")
 
 
+def test_r7_stopped_rank_ends_at_once(start, finish):
+    """Catches SIGTERM that a stopped process never gets to see."""
+    body = """
+launcher._TERM_S = 60
+def main(env):
+    tell(env.rank, os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+    process = start(body)
+    ready(process)
+    process.terminate()
+    assert finish(process, within_s=1).code == 143
+
+
 def test_r7_sigterm_that_reaches_the_ranks_first(start, finish):
     """Catches a job that was cancelled as a whole reported as a failure of the rank that died first."""
     body = """
+launcher._GRACE_S = 10.0  # a busy machine; it is not waited for
 def main(env):
     if env.rank == 1:
         kept = connect(env, 0)
@@ -494,8 +513,13 @@ def test_system_exit(start, finish, argument, code, err):
 
 def test_what_a_rank_printed_before_it_failed_is_not_lost(start, finish):
     """Catches os._exit throwing away text that is still in the buffer."""
-    done = finish(start("def main(env):\n    print('token')\n    raise ValueError('no')"))
-    assert (done.code, done.out) == (1, "token\n" * 3)
+    body = """
+def main(env):
+    print("token")
+    raise ValueError("no")
+"""
+    done = finish(start(body, "sys.exit(launch(main, 1, timeout_s=30))"))
+    assert (done.code, done.out) == (1, "token\n")
 
 
 def test_what_a_rank_started_ends_with_it(start, finish):

@@ -91,19 +91,21 @@ class Communicator(ABC):
             fields: what must agree, JSON-able, by the name that an error shows. Long values are compared by digest.
 
         Raises:
-            ValueError: on every rank, naming each field that differs, the ranks and their values.
+            ValueError: on every rank, naming the fields that differ (the first ones of many), the ranks and their values.
         """
         if self.size == 1:
             return
         everyone = self.gather_json({name: _short(value) for name, value in fields.items()})
         problems = []
-        for name in sorted(set().union(*everyone)):
+        for name in dict.fromkeys(name for mine in everyone for name in mine):
             ranks_of: dict[str, list[str]] = {}
             for rank, mine in enumerate(everyone):
                 ranks_of.setdefault(mine.get(name, "nothing"), []).append(str(rank))
             if len(ranks_of) > 1:
                 views = ("; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)}: {v}" for v, r in ranks_of.items()))
                 problems.append(f"{name} ({views})")
+        if len(problems) > 5:
+            problems[4:] = [f"{len(problems) - 4} more"]
         if problems:
             raise ValueError("ranks disagree on " + " and on ".join(problems) + "; every rank must be given the same")
 

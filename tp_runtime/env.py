@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,8 +26,10 @@ def versions() -> dict[str, str]:
 def cpu() -> dict[str, str | int]:
     """The CPU's name and the cores that this process may use."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {"name": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0))}
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return {"name": name, "cores": len(os.sched_getaffinity(0))}
 
 
 def gpus() -> list[dict[str, str]]:
@@ -38,26 +39,38 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(("name", "driver", "memory"), row, strict=False)) for row in rows]
 
 
+def links() -> list[str]:
+    """Which GPUs are linked how, as lines of the driver's own table; empty where there is no GPU."""
+    return _output("nvidia-smi", "topo", "-m").splitlines()
+
+
 def commit() -> str:
     """The checkout's commit, `-dirty` behind it where files differ; empty outside a checkout."""
-    return _output(
-        "git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"
-    ).strip()
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # git would look further up, where another project's checkout may be
+        return ""
+    return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12").strip()
 
 
 def describe() -> dict:
     """All of it, JSON-able."""
-    return {"commit": commit(), "versions": versions(), "platform": platform.platform(), "cpu": cpu(), "gpus": gpus()}
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": cpu(),
+        "gpus": gpus(),
+        "links": links(),
+    }
 
 
 def _output(*command: str) -> str:
-    if shutil.which(command[0]) is None:
+    """What a command prints; empty where it is not installed, fails or does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    return done.stdout if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":
     print(json.dumps(describe(), indent=2))
-    if links := _output("nvidia-smi", "topo", "-m"):
-        print(links)

@@ -22,7 +22,7 @@ class Device:
     bf16_tflops: float
 
 
-# Only the models that the figures belong to: an H100 PCIe has three fifths of this bandwidth, a GH200 has another memory.
+# Only the boards that the figures belong to: an H100 PCIe has three fifths of that bandwidth, a GH200 other memory.
 DEVICES = (
     Device("A100-SXM4-80GB", 2039, 312),
     Device("H100 80GB HBM3", 3350, 989),

@@ -220,6 +220,13 @@ class _Ranks:
                 os.waitpid(pid, 0)
         self._pids.clear()
 
+    def is_stopped(self, rank: int) -> bool:
+        """Whether the process was halted by a signal or a debugger, as its state in /proc says."""
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{self._pids[rank]}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] in "Tt"
+        return False
+
     def stack(self, rank: int) -> str:
         """The Python stack of a living rank; empty if it does not answer."""
         for signum in (signal.SIGUSR1, signal.SIGCONT):
@@ -285,8 +292,10 @@ def _hung(ranks: _Ranks, limit_s: float, say: _Voice) -> int:
     """Names the rank that the others wait for, with its Python stack."""
     beats = ranks.page.beats
     suspects = [rank for rank in ranks.alive if not beats[rank].resting]
-    lagging = min(suspects, key=lambda rank: (beats[rank].collectives, beats[rank].beats))
-    say(f"no progress for {limit_s:g} s: rank {lagging} lags in {_place(ranks, lagging)}")
+    stopped = {rank for rank in suspects if ranks.is_stopped(rank)}  # SIGSTOP: then the counts may well be equal
+    lagging = min(suspects, key=lambda rank: (rank not in stopped, beats[rank].collectives, beats[rank].beats))
+    why = ", its process stopped" if lagging in stopped else ""
+    say(f"no progress for {limit_s:g} s: rank {lagging} lags in {_place(ranks, lagging)}{why}")
     stack = ranks.stack(lagging)
     ranks.stop()
     if stack:

@@ -112,6 +112,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
         raise ValueError(f"the model's dtype is {dtype}; supported: {', '.join(ITEM_BYTES)}")
     if config is not None and config.dtype not in ("auto", dtype):
         raise ValueError(f"dtype={config.dtype!r}, but the model is {dtype}; convert it first: model.to(torch.{config.dtype})")
+    if config is not None and config.device not in ("auto", comm.device.type):
+        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; move the model, pass its group")
     plan = plan or make_plan(model.config, comm.size, dtype=dtype)
     _check_plan(model, plan, comm)
 
@@ -130,6 +132,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
     model.generate = _in_step(model, comm)
     model.save_pretrained = _refuse_to_save
+    # A static cache may be made before the first token, for all heads; without this answer it waits and takes ours.
+    model._get_static_cache_init_shape = lambda: None
     return state.report
 
 
@@ -159,7 +163,7 @@ def unpatch(model: nn.Module) -> None:
                 setattr(module, attribute, new)
     for hook in state.hooks:
         hook.remove()
-    del model.generate, model.save_pretrained, model._tp_runtime
+    del model.generate, model.save_pretrained, model._get_static_cache_init_shape, model._tp_runtime
 
 
 def local_views(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -187,6 +191,9 @@ def patch_of(model: nn.Module) -> Patch:
     return state
 
 
+_OF_THE_RANK = ("_name_or_path", "transformers_version", "dtype")  # config values; the model's own dtype is what counts
+
+
 def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None) -> dict[str, object]:
     """What every rank must have been given alike, by the name that an error shows. Of the weights a sample is compared."""
     hf_config = getattr(model, "config", None)
@@ -196,7 +203,7 @@ def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None)
     return {
         "model": type(model).__name__,
         "dtype": str(getattr(model, "dtype", None)),
-        **{f"config.{name}": value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")},
+        **{f"config.{name}": value for name, value in values.items() if name not in _OF_THE_RANK},
         "weights": f"sha256 {sha256(numbers).hexdigest()[:12]}",
         "plan": plan and plan.to_json(),
         "config": repr(config),

@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+import math
+from collections.abc import Iterable, Sequence
 
 from .estimate import decode_floor_ms, decode_read_bytes, find_device
-from .plan import ParameterPlan, Plan
+from .plan import ITEM_BYTES, ParameterPlan, Plan, Range
 
 MIB = 2**20
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan as a table: pattern, style, full shape, each rank's part; MiB a rank; heads; collectives a layer."""
-    rows = [("parameter", "style", "full shape", "each rank's part")]
+    """The plan in three tables, at most 120 columns wide for published models.
+
+    1. Each parameter pattern: style, full shape, a rank's part (smallest..largest where ranks differ), and the MiB that
+       it takes, all layers together, on the rank that holds most of it.
+    2. Each rank: its heads, its parts of vocabulary and widths, its memory.
+    3. Each collective: how often it is called in a forward pass, and the bytes of its result.
+    """
+    ranks = range(plan.tp_size)
+    item_bytes = ITEM_BYTES[plan.dtype]
+    parameters = [("parameter", "style", "full shape", "a rank's part", "MiB")]
     for p in plan.parameters:
-        rows.append((p.name, p.style, _shape(p.shape), _parts(p, plan.tp_size)))
-    title = f"{plan.model_type}, {plan.tp_size} rank{'s' * (plan.tp_size > 1)}, {plan.dtype}, {plan.num_layers} layers"
-    lines = [title, "", *_columns(rows), ""]
+        most = max(p.count * math.prod(p.local_shape(rank)) * item_bytes for rank in ranks)
+        parameters.append((p.name, p.style, _shape(p.shape), _part(p, ranks), f"{most / MIB:.2f}"))
 
-    ranks = [("rank", "query heads", "KV heads", "weights MiB", "KV cache KiB/token")]
+    cut = {
+        "vocabulary": _ranges(plan, "embed_tokens.weight"),
+        "FFN": _ranges(plan, "mlp.down_proj.weight"),
+        "expert FFN": _ranges(plan, "experts.down_proj"),
+    }
+    cut = {name: ranges for name, ranges in cut.items() if ranges}
+    holdings = [("rank", "query heads", "KV heads", *cut, "weights MiB", "KV cache bytes/token")]
     for rank, heads in enumerate(plan.heads):
-        weights, cache = plan.weight_bytes(rank) / MIB, plan.kv_cache_bytes_per_token(rank) / 1024
-        ranks.append((str(rank), _range(*heads.query), _range(*heads.kv), f"{weights:.2f}", f"{cache:.2f}"))
-    lines += [*_columns(ranks), ""]
+        parts = [_range(ranges[rank]) for ranges in cut.values()]
+        memory = (f"{plan.weight_bytes(rank) / MIB:.2f}", str(plan.kv_cache_bytes_per_token(rank)))
+        holdings.append((str(rank), _range(heads.query), _range(heads.kv), *parts, *memory))
 
-    collectives = [("collective", "after", "times", "bytes")]
+    title = (
+        f"{plan.model_type}, {plan.tp_size} rank{'s' * (plan.tp_size > 1)}, {plan.dtype}, {plan.num_layers} layers, "
+        f"head size {plan.head_dim}"
+    )
+    lines = [title, "", *_columns(parameters), "", *_columns(holdings), _total(plan), ""]
+    collectives = [("collective", "after", "times", "bytes", "for each")]
     for c in plan.collectives:
         unit = "sequence" if c.op == "all_gather" else "token"
-        collectives.append((c.op, c.name, str(len(c.layers) or 1), f"{c.bytes_per_token} a {unit}"))
-    per_layer = sum(1 for c in plan.collectives if c.layers)
-    return "\n".join(
-        lines + (_columns(collectives) if plan.collectives else []) + [f"collectives per layer: {per_layer}"]
-    )
+        collectives.append((c.op, c.name, str(len(c.layers) or 1), str(c.bytes_per_token), unit))
+    if plan.collectives:
+        lines += _columns(collectives)
+    per_layer = sum(len(c.layers) for c in plan.collectives) // plan.num_layers
+    return "\n".join([*lines, f"collectives per layer: {per_layer}"])
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """Rows, the first one a heading, as lines of equal columns; columns of numbers are set to the right."""
+    columns = []
+    for heading, *cells in zip(*rows, strict=True):
+        width = max(map(len, (heading, *cells)))
+        is_number = all(cell.replace(".", "", 1).isdigit() for cell in cells)
+        columns.append([f"{cell:{'>' if is_number else '<'}{width}}" for cell in (heading, *cells)])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
-def _shape(shape: Sequence[int]) -> str:
+def _shape(shape: Iterable[object]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _range(start: int, stop: int) -> str:
-    return f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+def _range(part: Range) -> str:
+    start, stop = part
+    return "none" if start == stop else f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
 
 
-def _parts(p: ParameterPlan, tp_size: int) -> str:
+def _part(p: ParameterPlan, ranks: Iterable[int]) -> str:
+    """`96 x 73..80`: the local shape, its smallest and its largest where ranks differ."""
     if p.dim is None:
         return "all"
-    runs = [(shape, len(list(same))) for shape, same in groupby(p.local_shape(rank) for rank in range(tp_size))]
-    return ", ".join(_shape(shape) + (f" ({count} ranks)" if count > 1 else "") for shape, count in runs)
+    sizes = [sorted(set(sizes)) for sizes in zip(*(p.local_shape(rank) for rank in ranks), strict=True)]
+    return _shape(f"{s[0]}..{s[-1]}" if len(s) > 1 else s[0] for s in sizes)
+
+
+def _ranges(plan: Plan, suffix: str) -> list[Range]:
+    """Each rank's part of the dimension along which the first parameter of that name is cut."""
+    found = next((p for p in plan.parameters if p.name.endswith(suffix)), None)
+    return [ranges[0] for ranges in found.ranges] if found else []
+
+
+def _total(plan: Plan) -> str:
+    """What all ranks hold together, beside what the model has once."""
+    held = sum(plan.weight_bytes(rank) for rank in range(plan.tp_size)) / MIB
+    once = sum(p.count * math.prod(p.shape) for p in plan.parameters) * ITEM_BYTES[plan.dtype] / MIB
+    return f"weights: {once:.2f} MiB; all ranks together hold {held:.2f} MiB, {held / once - 1:.1%} more"
 
 
 def run_report(
@@ -67,7 +105,8 @@ def run_report(
         peak_memory_bytes: one figure a rank; resident memory on the CPU, allocated device memory on a GPU.
         collective_s: seconds that each rank's host spent in collectives while generating; empty where not measured.
     """
-    context = (timing.prompt_tokens + timing.new_tokens) // batch
+    all_tokens = timing.prompt_tokens + timing.new_tokens
+    context = (timing.prompt_tokens + timing.new_tokens / 2) / batch  # on average, while decoding
     known = find_device(device)
     total_s = timing.prefill_s + timing.decode_s
     decode_ms = timing.decode_s / timing.decode_steps * 1e3 if timing.decode_steps else None
@@ -91,7 +130,7 @@ def run_report(
             "decode_ms_per_token": floor_ms,
             "tokens_per_s": batch * 1e3 / floor_ms if floor_ms else None,
             "weight_bytes": [plan.weight_bytes(rank) for rank in range(plan.tp_size)],
-            "kv_cache_bytes": [plan.kv_cache_bytes_per_token(rank) * context * batch for rank in range(plan.tp_size)],
+            "kv_cache_bytes": [plan.kv_cache_bytes_per_token(rank) * all_tokens for rank in range(plan.tp_size)],
         },
     }
 
@@ -99,25 +138,23 @@ def run_report(
 def report_line(report: dict) -> str:
     """The last line of a run."""
 
-    def figure(key: str, form: str) -> str | None:
-        value = report[key]
-        return None if value is None else form.format(value)
+    def figure(key: str, form: str) -> str:
+        return "" if report[key] is None else form.format(report[key])
 
-    floor_ms = report["predicted"]["decode_ms_per_token"]
-    share = report["collective_share"]
-    weights = max(report["predicted"]["weight_bytes"])
+    decode_ms, floor_ms = report["decode_ms_per_token"], report["predicted"]["decode_ms_per_token"]
+    floor = f" (floor {floor_ms:.2f})" if decode_ms and floor_ms else ""
+    peak = f" ({floor_ms / decode_ms:.0%} of the peak)" if decode_ms and floor_ms else ""
+    weights, memory = max(report["predicted"]["weight_bytes"]), max(report["peak_memory_bytes"])
     parts = [
         f"tp {report['tp_size']}",
         report["device"],
         report["dtype"],
         f"load {report['load_s']:.2f} s",
         figure("prefill_tokens_per_s", "prefill {:.0f} tok/s"),
-        figure("decode_ms_per_token", "{:.2f} ms/token") + (f" (floor {floor_ms:.2f})" if floor_ms else "")
-        if report["decode_ms_per_token"] is not None
-        else None,
+        figure("decode_ms_per_token", "{:.2f} ms/token" + floor),
         figure("tokens_per_s", "{:.1f} tok/s"),
-        figure("read_gbps_per_rank", "{:.2f} GB/s read per rank"),
-        f"weights {weights / MIB:.1f} MiB, peak {max(report['peak_memory_bytes']) / MIB:.0f} MiB per rank",
-        "collectives not measured" if share is None else f"collectives {share:.0%} of the time, all exposed",
+        figure("read_gbps_per_rank", "{:.2f} GB/s read per rank" + peak),
+        f"weights {weights / MIB:.1f} MiB, peak {memory / MIB:.0f} MiB per rank",
+        figure("collective_share", "collectives {:.0%} of the time, all exposed") or "collectives not measured",
     ]
-    return " | ".join(part for part in parts if part)
+    return " | ".join(filter(None, parts))

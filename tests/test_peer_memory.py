@@ -1,0 +1,81 @@
+"""Collectives through shared memory: right, in order, whoever is late, and over when a peer is gone."""
+
+import os
+import random
+import time
+
+import pytest
+import torch
+from gloo_ranks import run_gloo
+
+from tp_runtime import peer_memory
+from tp_runtime.peer_memory import SLOT_BYTES
+
+
+def a_thousand_calls(comm):
+    """Random sizes and kinds, ranks delayed at random; returns what differed from the truth."""
+    assert comm._peers is not None
+    late, shared = random.Random(comm.rank), random.Random(0)
+    wrong = []
+    for call in range(1000):
+        count = shared.choice([1, 3, 64, 1000, SLOT_BYTES // 4, SLOT_BYTES // 4 + 1])
+        if late.random() < 0.02:
+            time.sleep(late.random() * 0.004)
+        x = torch.full((count,), float(comm.rank * 7 + call))
+        if shared.random() < 0.5:
+            comm.all_reduce(x)
+            expected = float(sum(rank * 7 + call for rank in range(comm.size)))
+            ok = bool((x == expected).all())
+        else:
+            lengths = [shared.choice([0, 1, 5]) for _ in range(comm.size)]
+            whole = comm.all_gather(torch.full((2, lengths[comm.rank]), float(comm.rank)), lengths)
+            ok = torch.equal(whole[1], torch.tensor([float(r) for r, n in enumerate(lengths) for _ in range(n)]))
+        if not ok:
+            wrong.append(call)
+    return wrong
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_thousand_calls_with_late_ranks(size):
+    """Catches a part that is read before it was written, or overwritten before everyone has read it."""
+    assert run_gloo(a_thousand_calls, size) == [[]] * size
+
+
+def sum_of_thirds(comm):
+    x = torch.full((1000,), 1 / 3 + comm.rank, dtype=torch.bfloat16)
+    return comm.all_reduce(x).float().tolist()
+
+
+def test_sum_is_the_same_bits_on_every_rank_and_rounded_once():
+    """Catches a sum in another order on each rank, and partial sums that are rounded to bfloat16."""
+    ranks = run_gloo(sum_of_thirds, 5)
+    parts = [torch.tensor(1 / 3 + rank, dtype=torch.bfloat16).float() for rank in range(5)]
+    assert all(rank == [float(sum(parts).bfloat16())] * 1000 for rank in ranks)
+
+
+def peer_leaves(comm):
+    if comm.rank == 1:
+        return None
+    try:
+        comm.all_reduce(torch.ones(4))
+    except ConnectionError as error:
+        return str(error)
+
+
+def test_a_peer_that_is_gone_ends_the_wait():
+    """Catches ranks that wait for a dead peer where no launcher of ours would end them: under mp.spawn, say."""
+    assert run_gloo(peer_leaves, 2) == ["connection closed by rank 1: the process has ended", None]
+
+
+def test_ranks_on_two_machines_use_their_group(monkeypatch):
+    """Catches shared memory between ranks that do not share any."""
+    everyone = {"place": "here", "pid": os.getpid(), "name": "/dev/shm/x"}
+    elsewhere = {"place": "there", "pid": 1, "name": ""}
+    monkeypatch.setattr(peer_memory, "_place", lambda: "here")
+    replies = iter([[everyone, elsewhere], [False, False]])
+    assert peer_memory.open_peer_memory(1, 2, lambda value: next(replies), 1.0) is None
+
+
+def test_nothing_is_left_in_dev_shm():
+    """Catches a file that outlives its ranks."""
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("tp_runtime-")]
