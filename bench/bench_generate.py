@@ -3,17 +3,17 @@
     python -m bench.bench_generate [--size 200m] [--dtype float32 bfloat16] [--tp 2] [--input-len 32] [--output-len 32]
         [--batch-size 1] [--num-iters 5] [--dir FOLDER]
 
-One process a rank holds the model twice, cut by transformers and cut by us, and the contenders take turns (A B C D A B C D)
-in the same processes, with the same process group and one thread a rank:
+One process a rank holds the model twice, cut by transformers and cut by us, and the contenders take turns (A B C D
+A B C D) in the same processes, with the same process group and one thread a rank:
 
     transformers, generate()    what its users call: the row that ours is compared with
     transformers, plain loop    its model without its generate(): what the model alone takes
     ours, generate()            Hugging Face's generate() on our model
     ours, engine                the loop of `python -m tp_runtime.generate`
 
-Seconds are those of the whole call, prefill included. Correct before timed: in float32 every contender must give the tokens of
-the unsharded model; in other dtypes, where two tokens may be as good as equal, our logits must be as close to those of the
-unsharded model in float32 (RMS) as the unsharded model's own in that dtype, times 1.10.
+Seconds are those of the whole call, prefill included. Correct before timed: in float32 every contender must give the
+tokens of the unsharded model; in other dtypes, where two tokens may be as good as equal, our logits must be as close to
+those of the unsharded model in float32 (RMS) as the unsharded model's own in that dtype, times 1.10.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from bench import random_llama, torchrun
-from bench.record import add_flags, ratio, say, shown, spread, table, target, target_lines, write
+from bench.record import add_flags, ratio, say, shown, spread, table, target, verdicts, write
 
 SIDES = ("transformers", "ours")
 THEIRS = "transformers, generate()"
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, folder: Path, dtype: str, sides: list[str]
         logits = torch.load(request["logits"])
     assert all(rank["tokens"] == ranks[0]["tokens"] for rank in ranks), "ranks gave different tokens"
     errors = rms_ratios(logits, own, exact) if dtype != "float32" else {}
-    assert errors.get("ours", 0) <= MOST_RMS_RATIO, f"{dtype}: RMS error of our logits over the unsharded model's: {errors}"
+    assert errors.get("ours", 0) <= MOST_RMS_RATIO, f"{dtype}: RMS error of logits over the unsharded model's: {errors}"
 
     rows = []
     for contender, tokens in ranks[0]["tokens"].items():
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
                     targets.append(target(name, speedup, least=LEAST_SPEEDUP))
             rows += new
     print(table([HEAD, *map(table_row, rows)]))
-    print(target_lines(targets))
+    print(verdicts(targets))
     write("bench_generate", args, rows=rows, targets=targets)
     return 0
 

@@ -2,9 +2,10 @@
 
     python -m bench.bench_host [--input-len 32] [--output-len 20] [--batch-size 1] [--num-iters 10]
 
-One process, one thread, no peers: each side is rank 0 of 2 and its collectives say nothing, ours through NullCommunicator,
-theirs through torch's fake process group. The contenders take turns; one repeat is `input_len` tokens of prefill, then the
-median of `output_len` decode steps. A step is the whole forward pass, embedding and lm_head included, over 32.
+One process, one thread, no peers: each side is rank 0 of 2 and its collectives say nothing, ours through
+NullCommunicator, theirs through torch's fake process group. The contenders take turns; one repeat is `input_len` tokens
+of prefill, then the median of `output_len` decode steps. A step is the whole forward pass, embedding and lm_head
+included, over 32.
 
     transformers, plain          the unsharded model
     transformers, TP             cut by its tp_plan, fake process group
@@ -12,7 +13,8 @@ median of `output_len` decode steps. A step is the whole forward pass, embedding
     ours, KVCache                model(...) with our cache
     ours, engine                 the decoder and this rank's logits under inference_mode, as our engine calls them
 
-Correct before timed: the last hidden states of both sides' rank 0, partial sums as they are without peers, agree to 2e-5.
+Correct before timed: the last hidden states of both sides' rank 0, partial sums as they are without peers, agree to
+2e-5.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import random_llama
-from bench.record import add_flags, ratio, say, shown, spread, table, target, target_lines, write
+from bench.record import add_flags, ratio, say, shown, spread, table, target, verdicts, write
 
 THEIRS = "transformers, TP"
 MOST_OVER_THEIRS = 0.35
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     cells = [[row["contender"], shown(row["us_per_layer"], "{:.0f}"), shown(row["over_theirs"])] for row in rows]
     print(table([["contender", "us a layer", "over theirs"], *cells]))
-    print(target_lines(targets))
+    print(verdicts(targets))
     write("bench_host", args, rows=rows, targets=targets)
     return 0
 

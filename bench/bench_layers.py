@@ -1,8 +1,8 @@
 """The layers that hold a rank's part, one rank without peers, on the CPU: `pytest bench --benchmark-only`.
 
-Shapes are those of real models, named by model, role and tp_size; each layer beside what Hugging Face or torch has for the
-same local shapes. Each call takes the next of several copies of the weights, so that no cache can help. Ours is compared
-with the other side's output before it is timed.
+Shapes are those of real models, named by model, role and tp_size; each layer beside what Hugging Face or torch has for
+the same local shapes. Each call takes the next of several copies of the weights, so that no cache can help. Ours is
+compared with the other side's output before it is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LINEARS = {
     "Llama-3.2-1B gate_up tp4": (4096, 2048),
     "Llama-3.2-1B down tp4": (2048, 2048),
 }
-EMBEDDINGS = {"Llama-3.2-1B embed tp4": (128256 // 4, 2048)}
+# rows of one rank, hidden
+EMBEDDINGS = {"Llama-3.2-1B embed tp8": (128256 // 8, 2048)}
 # experts, width, hidden, experts a token
 EXPERTS = {"Qwen3-30B-A3B experts tp8": (128, 768 // 8, 2048, 8)}
 
@@ -58,7 +59,7 @@ def linear(shape: str, dtype: torch.dtype) -> torch.nn.Module:
         layer = RowParallelLinear(k, n, False, like, NullCommunicator(0, 4))
     else:
         layer = ColumnParallelLinear({"": n}, k, False, like)
-    layer.weight.data.normal_()
+    layer.weight.data.uniform_(-0.05, 0.05)
     return layer
 
 
@@ -84,14 +85,18 @@ def test_linear(benchmark, shape, dtype, num_tokens, side):
 def test_embedding(benchmark, shape, num_tokens, side):
     benchmark.group = f"{shape}, float32, M={num_tokens}"
     rows, hidden = EMBEDDINGS[shape]
-    layer = VocabParallelEmbedding((rows, 2 * rows), 4 * rows, hidden, torch.empty(0), NullCommunicator(1, 4))
-    layer.rows().normal_()
-    whole = torch.cat((torch.zeros(rows, hidden), layer.rows(), torch.zeros(2 * rows, hidden)))
+    layer = VocabParallelEmbedding((rows, 2 * rows), 8 * rows, hidden, torch.empty(0), NullCommunicator(1, 8))
+    local = layer.rows().uniform_()
+    everywhere = torch.arange(0, 8 * rows, rows // 2).unsqueeze(0)  # tokens of all ranks, two of them ours
+    ours = (everywhere >= rows) & (everywhere < 2 * rows)
+    assert torch.equal(layer(everywhere)[ours], local[everywhere[ours] - rows]) and not layer(everywhere)[~ours].any()
+
     batches = [torch.randint(rows, 2 * rows, (1, num_tokens)) for _ in range(NUM_COPIES)]
-    mixed = torch.randint(4 * rows, (1, num_tokens))
-    assert torch.equal(layer(mixed), F.embedding(mixed, whole))
-    table = {"ours": layer, "torch": lambda ids: F.embedding(ids, whole)}[side]
-    benchmark(in_turn([lambda ids=ids: table(ids) for ids in batches]))
+    calls = {
+        "ours": [lambda ids=ids: layer(ids) for ids in batches],
+        "torch": [lambda ids=ids - rows: F.embedding(ids, local) for ids in batches],
+    }
+    benchmark(in_turn(calls[side]))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -4,20 +4,22 @@
 
 What is measured, each rank for itself, and how. The figure of a row is that of the rank that needs most.
 
-    load         until `load` / `from_pretrained` has returned on all ranks. Imports and the process group are there already.
-    ready        load, and a forward pass over the prompt: transformers maps the files and leaves most weights there, so that
-                 they are read when they are first used
+    load         until `load` / `from_pretrained` has returned on all ranks; imports and the process group are there
+                 already
+    ready        load, and a forward pass over the prompt: transformers maps the files and leaves most weights there, so
+                 that they are read when they are first used
     read         bytes that system calls returned, plus resident pages of mapped checkpoint files (the kernel maps
                  neighbours along, at most 15 a fault). Ours are the former, theirs the latter.
     kept         bytes of the parameters afterwards; the shard is what the plan says that a rank must hold
-    resident     its peak, the interpreter and torch included (VmHWM, reset just before). Mapped pages count: the kernel can
-                 take them back, and reads them again when they are used.
+    resident     its peak, the interpreter and torch included (VmHWM, reset just before). Mapped pages count: the kernel
+                 can take them back, and reads them again when they are used.
     anonymous    growth of resident memory that maps no file
     first token  from starting the command to the first byte on its stdout, and to the end of its process. Ours:
                  python -m tp_runtime.generate; theirs: torchrun with the script in bench/transformers_tp.py.
 
-All files are in the page cache; the sides take turns. Nothing is reported unless it was right: in the first repeat every
-weight is put together from the ranks again and compared with the files bit for bit, and in float32 all texts are the same.
+All files are in the page cache; the sides take turns. Nothing is reported unless it was right: in the first repeat
+every weight is put together from the ranks again and compared with the files bit for bit, and in float32 all texts are
+the same.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import time
 from pathlib import Path
 
 from bench import random_llama, torchrun
-from bench.record import add_flags, ratio, say, shown, spread, table, target, target_lines, write
+from bench.record import add_flags, ratio, say, shown, spread, table, target, verdicts, write
 from tp_runtime import make_plan
 
 SIDES = ("transformers", "ours")
@@ -138,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
                 targets.append(target(f"{dtype}: from the shell to the first token, theirs / ours", wall, least=1.5))
     print(table([HEAD, *map(table_row, rows)]))
     for r in ratios:
-        print(f"{r['dtype']}: theirs / ours, repeat by repeat: " + ", ".join(f"{key[:-2]} {shown(r[key])}" for key in TIMED))
-    print(target_lines(targets))
+        print(f"{r['dtype']}: theirs / ours: " + ", ".join(f"{key[:-2]} {shown(r[key])}" for key in TIMED))
+    print(verdicts(targets))
     write("bench_load", args, rows=rows, theirs_over_ours=ratios, targets=targets)
     return 0
 

@@ -1,4 +1,4 @@
-"""One rank of bench_generate: holds the model twice, cut by us and cut by transformers, and lets both generate in turn."""
+"""One rank of bench_generate: holds the model twice, cut by us and cut by transformers; both generate in turn."""
 
 from __future__ import annotations
 

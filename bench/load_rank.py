@@ -1,7 +1,7 @@
 """One rank of bench_load: loads a checkpoint, our way or transformers', and says what that took.
 
-A tiny checkpoint is loaded first: what is imported or set up once is then no part of the figures. (It is part of the time
-from the shell, which bench_load takes with the real commands.)
+A tiny checkpoint is loaded first: what is imported or set up once is then no part of the figures. (It is part of the
+time from the shell, which bench_load takes with the real commands.)
 """
 
 from __future__ import annotations

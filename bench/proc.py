@@ -14,9 +14,9 @@ def reset_peak() -> None:
 
 
 def memory_bytes() -> dict[str, int]:
-    """Resident memory: `peak` since `reset_peak`, `now`, and of now what is anonymous (`anon`) and what maps files (`file`)."""
+    """Resident memory: `peak` since `reset_peak`, `now`, and what of now maps no file (`anon`)."""
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", (_PROC / "status").read_text(), re.MULTILINE))
-    names = {"peak": "VmHWM", "now": "VmRSS", "anon": "RssAnon", "file": "RssFile"}
+    names = {"peak": "VmHWM", "now": "VmRSS", "anon": "RssAnon"}
     return {name: int(fields[field]) * 1024 for name, field in names.items()}
 
 
@@ -26,7 +26,7 @@ def read_bytes() -> int:
 
 
 def mapped_bytes(folder: Path) -> int:
-    """Resident bytes of all mappings of files in `folder`: the pages touched, and neighbours that the kernel maps along."""
+    """Resident bytes of mapped files in `folder`: the pages touched, and neighbours that the kernel maps along."""
     total, is_ours = 0, False
     for line in (_PROC / "smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

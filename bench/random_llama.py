@@ -1,4 +1,4 @@
-"""Random Llama checkpoints to measure with: several safetensors files, and a tokenizer whose words are the token ids."""
+"""Random Llama checkpoints to measure with: several safetensors files; the tokenizer's words are the token ids."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def name(size: str, dtype: str) -> str:
 
 
 def checkpoint(parent: Path, size: str, dtype: str) -> Path:
-    """The checkpoint `size` in `dtype` inside `parent`; written unless it is there already. The same weights each time."""
+    """The checkpoint `size` in `dtype` inside `parent`; written unless it is there. The same weights each time."""
     path = parent / name(size, dtype)
     if not (path / "tokenizer.json").exists():  # written last
         _write(path, size, dtype)
@@ -78,4 +78,3 @@ def _write(path: Path, size: str, dtype: str) -> None:
     words = Tokenizer(models.WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0").save_pretrained(path)
-

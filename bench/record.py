@@ -39,8 +39,9 @@ def shown(figure: dict[str, float], form: str = "{:.2f}") -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, aligned; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    head, *lines = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines])
 
 
 def target(name: str, value: float, least: float | None = None, most: float | None = None) -> dict:
@@ -49,11 +50,12 @@ def target(name: str, value: float, least: float | None = None, most: float | No
     return {"name": name, "value": value, "target": least if most is None else most, "is_met": is_met}
 
 
-def target_lines(targets: Sequence[dict]) -> str:
+def verdicts(targets: Sequence[dict]) -> str:
     """One line a target; those that are missed say so."""
-    return "\n".join(
-        f"{'met   ' if t['is_met'] else 'MISSED'}  {t['name']}: {t['value']:.3g}, target {t['target']:.3g}" for t in targets
-    )
+    lines = []
+    for t in targets:
+        lines.append(f"{'met' if t['is_met'] else 'MISSED':6}  {t['name']}: {t['value']:.3g}, target {t['target']:.3g}")
+    return "\n".join(lines)
 
 
 def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
@@ -67,9 +69,8 @@ def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
     for name, default in defaults.items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, f"--{name}", type=int, default=default, help=f"{helps[name]}; default: {default}")
-    parser.add_argument(
-        "--output-json", "--output_json", type=Path, metavar="F", help="the record; default: bench/results/NAME_DATE.json"
-    )
+    text = "the record; default: bench/results/NAME_DATE.json"
+    parser.add_argument("--output-json", "--output_json", type=Path, metavar="F", help=text)
 
 
 def write(name: str, args: argparse.Namespace, **content) -> Path:

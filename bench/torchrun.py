@@ -36,7 +36,8 @@ def run(module: str, request: dict, tp_size: int) -> list[dict]:
         (Path(folder) / "request.json").write_text(json.dumps(request))
         done = subprocess.run(
             [*command(module, tp_size), folder],
-            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_TIMEOUT_S,
+            cwd=ROOT, env=environment(), timeout=_TIMEOUT_S,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(f"{module} ended with exit code {done.returncode}:\n{done.stdout}")

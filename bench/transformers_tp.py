@@ -19,14 +19,15 @@ from transformers.distributed import DistributedConfig
 def load_sharded(path, tp_size: int | None = None):
     """This rank's part of a checkpoint, as `tp_plan="auto"` cuts it; every rank calls it.
 
+    transformers wants `accelerate` to be installed as soon as a device is named, but calls it for several devices only.
+    It is told that it has it: so the comparison needs nothing more installed, and theirs is spared the import.
+
     Args:
         tp_size: ranks; None: torchrun's.
-
-    transformers wants `accelerate` to be installed as soon as a device is named, but calls it for several devices only. It
-    is told that it has it: so the comparison needs nothing more installed, and theirs is spared the import.
     """
-    transformers.integrations.accelerate.is_accelerate_available = lambda *args: True
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=tp_size, tp_plan="auto"))
+    plan = DistributedConfig(tp_size=tp_size, tp_plan="auto")
+    with mock.patch.object(transformers.integrations.accelerate, "is_accelerate_available", lambda *args: True):
+        return AutoModelForCausalLM.from_pretrained(path, distributed_config=plan)
 
 
 def main() -> None:

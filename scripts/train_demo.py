@@ -44,7 +44,7 @@ ID_OF = {character: index for index, character in enumerate(CHARACTERS, start=le
 CHAT_TEMPLATE = (  # the last message, and the sign that asks for its answer
     "{{ bos_token + messages[-1]['content'].rstrip('= ') }}{% if add_generation_prompt %}={% endif %}"
 )
-CONTEXT = 256  # tokens: `>7+3=` to 103 just fits
+CONTEXT = 256  # tokens: `>7+3=` to 100 just fits
 NUMBERS = 100  # a and b run from 0 to 99
 IGNORE = -100  # cross_entropy's own mark of a position without loss
 SHAPE = {
@@ -260,10 +260,13 @@ def main():
         log(f"{name}: {sum(parameter.numel() for parameter in model.parameters())} parameters")
         train(model, sums, chains)
         with tempfile.TemporaryDirectory() as staging:
-            write_checkpoint(model, Path(staging))
-            if not prove(Path(staging), sums, chains):
+            folder = Path(staging) / name
+            folder.mkdir()
+            write_checkpoint(model, folder)
+            if not prove(folder, sums, chains):
                 sys.exit(f"{name}: not all {NUMBERS**2} sums are right in both dtypes; nothing written")
-            shutil.copytree(staging, args.out / name, dirs_exist_ok=True)
+            # copyfile: the new files get the modes of this user, not those of a private temporary folder
+            shutil.copytree(folder, args.out / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
         log(f"{name}: written to {args.out / name}")
 
 

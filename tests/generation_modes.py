@@ -1,4 +1,4 @@
-"""Every way of Hugging Face's generate() that a patched model keeps, each as a function of the model and of an assistant."""
+"""Every way of Hugging Face's generate() that a patched model keeps: functions of the model and of an assistant."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def _left_padded(model, assistant):
 
 def _everything(model, assistant):
     wanted = {f"output_{name}": True for name in ("scores", "logits", "hidden_states")}
-    out = model.generate(
-        prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **wanted
-    )
+    out = model.generate(prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **wanted)
     return [out.sequences, *out.scores, *out.logits, *(state for step in out.hidden_states for state in step)]
 
 

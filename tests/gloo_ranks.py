@@ -1,4 +1,4 @@
-"""Runs a function of a test module as the ranks of a gloo group: processes that the launcher forks, as the command does."""
+"""Runs a function of a test module as the ranks of a gloo group: processes that the launcher forks."""
 
 from __future__ import annotations
 

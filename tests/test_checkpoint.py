@@ -15,19 +15,19 @@ from tp_runtime.plan import ParameterPlan, make_plan
 from tp_runtime.preflight import check_checkpoint
 
 SMALL = {
-    **{"vocab_size": 53, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6},
-    **{"num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 64, "num_experts_per_tok": 1},
-}
+    "vocab_size": 53, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 4, "max_position_embeddings": 64, "num_experts_per_tok": 1,
+}  # fmt: skip
 LLAMA = {**SMALL, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
 TIED = {**SMALL, "model_type": "qwen2", "tie_word_embeddings": True}
 MIXTRAL = {**SMALL, "model_type": "mixtral", "num_local_experts": 3}
 QWEN3_MOE = {**SMALL, "model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 11, "mlp_only_layers": [1]}
 # Rows longer than a page and runs of 512 bytes and more, so that each run is read by itself.
-LONG = {**LLAMA, "hidden_size": 516, "intermediate_size": 1302, "head_dim": 256, "num_hidden_layers": 1, "vocab_size": 300}
+LONG = {**LLAMA, "hidden_size": 516, "intermediate_size": 1302, "head_dim": 256, "num_hidden_layers": 1}
 LONG_MIXTRAL = {**MIXTRAL, "hidden_size": 256, "intermediate_size": 1290, "num_hidden_layers": 1}
 
 
-def write(folder: Path, config: dict, layout: str = "own", dtype=torch.float32, num_files: int = 1) -> dict[str, torch.Tensor]:
+def write(folder: Path, config: dict, layout: str = "own", dtype=torch.float32, num_files: int = 1) -> dict:
     """Writes a random checkpoint; returns its whole parameters by Hugging Face's names.
 
     Args:
@@ -68,11 +68,10 @@ def part(parameter: ParameterPlan, rank: int, whole: torch.Tensor) -> torch.Tens
     return torch.cat([whole.narrow(dim, a, b - a) for a, b in parameter.ranges[rank]], dim)
 
 
-def check(folder: Path, whole: dict, tp_size: int, dtype=torch.float32, **options) -> list[int]:
-    """Reads each rank's shard into poisoned memory and compares it, bit for bit; returns bytes reported for each rank."""
+def check(folder: Path, whole: dict, tp_size: int, dtype=torch.float32, **options) -> None:
+    """Reads each rank's shard into poisoned memory and compares it, bit for bit; and the bytes that were reported."""
     checkpoint = check_checkpoint(folder)
     plan = make_plan(checkpoint.config, tp_size, dtype=str(dtype).removeprefix("torch."))
-    reported = []
     for rank in range(tp_size):
         targets = {n: torch.full(plan.parameter(n).local_shape(rank), torch.nan, dtype=dtype) for n in plan.names()}
         counts = []
@@ -80,8 +79,6 @@ def check(folder: Path, whole: dict, tp_size: int, dtype=torch.float32, **option
         for name, target in targets.items():
             assert torch.equal(target, part(plan.parameter(name), rank, whole[name]).to(dtype)), (name, rank)
         assert sum(counts) == plan.weight_bytes(rank)
-        reported.append(sum(counts))
-    return reported
 
 
 CASES = [(LLAMA, "own"), (TIED, "own"), (MIXTRAL, "one by one"), (MIXTRAL, "own"), (MIXTRAL, "transposed")]
@@ -91,7 +88,7 @@ CASES += [(LONG, "own"), (LONG_MIXTRAL, "one by one"), (LONG_MIXTRAL, "own"), (L
 
 @pytest.mark.parametrize("config, layout", CASES, ids=lambda c: c if isinstance(c, str) else c["model_type"])
 def test_shards_are_slices(tmp_path, config, layout):
-    """Catches a wrong offset or pitch, in every layout, in one file and in three; short runs, long runs, empty parts."""
+    """Catches a wrong offset or pitch, in every layout, in one file and in three, for short runs and for long ones."""
     for num_files in (1, 3):
         folder = tmp_path / str(num_files)
         whole = write(folder, config, layout, num_files=num_files)
@@ -132,17 +129,26 @@ def test_staging_is_bounded(tmp_path, monkeypatch):
     assert 0 < max(sizes) <= 1 << 14
 
 
-def test_strided_targets(tmp_path):
-    """Catches a target taken for contiguous: q, k and v are views of one parameter, and so are transposed ones."""
-    whole = write(tmp_path, LLAMA)
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_strided_targets(tmp_path, config, is_transposed):
+    """Catches a target taken for contiguous, whether its rows lie apart or its columns do."""
+    whole = write(tmp_path, config)
     checkpoint = check_checkpoint(tmp_path)
     plan = make_plan(checkpoint.config, 2, dtype="float32")
-    room = {n: torch.full((*plan.parameter(n).local_shape(1)[::-1], 2), torch.nan) for n in plan.names()}
-    targets = {n: t[..., 1].permute(*reversed(range(t.ndim - 1))) for n, t in room.items()}
+    targets, room = {}, {}
+    for name in plan.names():
+        *outer, columns = plan.parameter(name).local_shape(1)
+        if is_transposed:
+            room[name] = torch.full((columns, *outer, 2), torch.nan)
+            targets[name] = room[name][..., 1].movedim(0, -1)
+        else:
+            room[name] = torch.full((*outer, columns + 1), torch.nan)
+            targets[name] = room[name][..., 1:]
     read_shards(checkpoint, plan, 1, targets)
     for name, target in targets.items():
         assert torch.equal(target, part(plan.parameter(name), 1, whole[name])), name
-        assert room[name][..., 0].isnan().all()
+        assert room[name][..., 0].isnan().all(), f"written beside {name}"
 
 
 def test_several_threads(tmp_path):
@@ -165,17 +171,24 @@ def test_several_threads(tmp_path):
     assert len(threads) == 4
 
 
-@pytest.mark.parametrize("config, layout", [(LONG, "own"), (LONG_MIXTRAL, "one by one"), (LONG_MIXTRAL, "own")])
-def test_a_rank_reads_its_shard_and_no_more(tmp_path, config, layout):
-    """Catches a rank that reads whole tensors to keep a slice: bytes that the kernel handed over, against the plan's."""
+# At tp 12, runs of 440 bytes in rows of 5280.
+WIDE = {**LLAMA, "num_attention_heads": 12, "head_dim": 192, "intermediate_size": 2640}
+
+
+@pytest.mark.parametrize(
+    "config, layout, tp_size",
+    [(LONG, "own", 2), (LONG_MIXTRAL, "one by one", 2), (LONG_MIXTRAL, "own", 2), (WIDE, "own", 12)],
+)
+def test_a_rank_reads_its_shard_and_no_more(tmp_path, config, layout, tp_size):
+    """Catches a rank that reads whole tensors to keep a slice: what the system handed over, against the plan."""
     write(tmp_path, config, layout, torch.bfloat16, num_files=2)
     checkpoint = check_checkpoint(tmp_path)
-    plan = make_plan(checkpoint.config, 2)
+    plan = make_plan(checkpoint.config, tp_size)
 
     def bytes_read() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 
-    for rank in range(2):
+    for rank in range(tp_size):
         targets = {n: torch.empty(plan.parameter(n).local_shape(rank), dtype=torch.bfloat16) for n in plan.names()}
         before = bytes_read()
         read_shards(checkpoint, plan, rank, targets)
@@ -212,7 +225,8 @@ def test_file_cut_after_the_check(tmp_path):
     os.truncate(victim.file, victim.stop - 5)
     targets = {n: torch.empty(plan.parameter(n).shape) for n in plan.names()}
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError, match=rf"{victim.file}, tensor '.*': it ends \d+ bytes early, .* cut after it was checked"):
+    message = rf"{victim.file}, tensor '.*': it ends \d+ bytes early, .* cut after it was checked"
+    with pytest.raises(OSError, match=message):
         read_shards(checkpoint, plan, 0, targets, num_threads=2)
     assert len(os.listdir("/proc/self/fd")) == descriptors
 

@@ -65,7 +65,12 @@ def speak_in_groups(comm) -> dict:
     heard["clock"] = comm.collective_s
     some = dist.new_group([0, 2])
     mesh = init_device_mesh("cpu", (1, TP), mesh_dim_names=("dp", "tp"))
-    groups = {"default": None, "world": dist.group.WORLD, "mesh": mesh["tp"], **({"some": some} if comm.rank != 1 else {})}
+    groups = {
+        "default": None,
+        "world": dist.group.WORLD,
+        "mesh": mesh["tp"],
+        **({"some": some} if comm.rank != 1 else {}),
+    }
     for name, group in groups.items():
         ours = communicator(group)
         heard[f"group {name}"] = (ours.rank, ours.size, ours.all_reduce(torch.tensor([1 + comm.rank])).item())
@@ -113,7 +118,7 @@ def test_sums_of_whole_numbers_and_of_nothing(heard):
 
 
 def test_gather_of_uneven_and_empty_parts(heard):
-    """Catches padding left in the result, a rank without a part that shifts the others, strides taken for memory order."""
+    """Catches padding left in the result, an empty part that shifts the others, strides taken for memory order."""
     rows = [[0, 1, 2, 20, 21], [3, 4, 5, 22, 23]]
     strided = torch.cat([values(r, 4, 2, 3).transpose(0, 2) for r in range(TP)], dim=-1)
     for h in heard:
@@ -236,7 +241,7 @@ def test_run_local_needs_a_rank():
 
 
 def test_torch_communicator_is_of_the_default_group():
-    """Catches a single rank where somebody else than our launcher made the process group, and parts of the wrong size."""
+    """Catches a single rank where somebody else than our launcher made the process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=1, world_size=64, store=FakeStore())

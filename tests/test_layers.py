@@ -57,7 +57,7 @@ def gated_columns(comm, dtype: torch.dtype) -> torch.Tensor:
     """gate and up [2 * K, H] with biases, gathered again."""
     x, gate, up, bias = columns_args(dtype)
     a, b = part(comm, K)
-    layer = MergedColumnParallelLinear({"gate_proj": b - a, "up_proj": b - a}, H, True, x, )
+    layer = MergedColumnParallelLinear({"gate_proj": b - a, "up_proj": b - a}, H, True, x)
     weights = {"gate_proj__weight": gate[a:b], "up_proj__weight": up[a:b]}
     fill(layer, "gate_proj", **weights, gate_proj__bias=bias[0, a:b], up_proj__bias=bias[1, a:b])
     y = layer(x)
@@ -67,7 +67,8 @@ def gated_columns(comm, dtype: torch.dtype) -> torch.Tensor:
 
 
 def columns_args(dtype):
-    return rand(0, 2, 3, H, dtype=dtype), rand(1, K, H, dtype=dtype), rand(2, K, H, dtype=dtype), rand(3, 2, K, dtype=dtype)
+    weights = (rand(seed, K, H, dtype=dtype) for seed in (1, 2))
+    return rand(0, 2, 3, H, dtype=dtype), *weights, rand(3, 2, K, dtype=dtype)
 
 
 def gated_columns_whole(x, gate, up, bias):
@@ -172,7 +173,7 @@ RUNS = [*(("local", n) for n in SIZES), ("gloo", GLOO_TP)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_cut_layer_is_as_exact_as_the_whole_one(name, dtype, kind, tp_size):
-    """Catches rows or columns of another rank, a bias added once a rank, gate and up mixed up, sums in half precision."""
+    """Catches another rank's rows or columns, a bias added by every rank, gate and up mixed up, rough sums."""
     _, whole, args = LAYERS[name]
     exact, torchs_own = whole(*as_float(args(dtype))), whole(*args(dtype))
     ours = [rank[name, dtype] for rank in outputs(kind, tp_size)]
@@ -209,7 +210,8 @@ def test_embedding_with_ranks_that_hold_no_vocabulary(vocab_size):
     table = rand(13, vocab_size, H)
     for tp_size in SIZES:
         ids = torch.arange(vocab_size)
-        assert all(torch.equal(y, table) for y in tp_runtime.run_local(embedding, tp_size, ids, torch.float32, vocab_size))
+        ranks = tp_runtime.run_local(embedding, tp_size, ids, torch.float32, vocab_size)
+        assert all(torch.equal(y, table) for y in ranks)
         with pytest.raises(IndexError):
             tp_runtime.run_local(embedding, tp_size, ids + 1, torch.float32, vocab_size)
 
@@ -217,7 +219,12 @@ def test_embedding_with_ranks_that_hold_no_vocabulary(vocab_size):
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize(
     "index",
-    [torch.empty(0, 2, dtype=torch.long), torch.full((7, 1), 2), torch.tensor([[3, 0]] * 5), torch.tensor([[0, 1, 2, 3]])],
+    [
+        torch.empty(0, 2, dtype=torch.long),
+        torch.full((7, 1), 2),
+        torch.tensor([[3, 0]] * 5),
+        torch.tensor([[0, 1, 2, 3]]),
+    ],
     ids=["no token", "one expert", "two of four experts", "every expert"],
 )
 def test_experts_hit_by_none_some_and_all(index, tp_size):
@@ -263,8 +270,9 @@ def test_qkv_parts_are_stacked_in_order():
 def test_layers_show_their_local_shapes():
     """Catches a `print(model)` that shows the full shapes, or none."""
     comm, like = NullCommunicator(1, 3), torch.empty(0)
+    q_k_v = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
     shown = {
-        QKVParallelLinear({"q_proj": 4, "k_proj": 2, "v_proj": 2}, H, True, like): "out_features_local=8 (q_proj 4 + k_proj 2",
+        QKVParallelLinear(q_k_v, H, True, like): "out_features_local=8 (q_proj 4 + k_proj 2 + v_proj 2), bias=True",
         RowParallelLinear(7, N, False, like, comm): f"in_features_local=7, out_features={N}, bias=False",
         VocabParallelEmbedding((4, 8), V, H, like, comm): f"vocab=[4, 8) of {V}, hidden_size={H}",
         ParallelLMHead(cut(V, 3, 4), H, like, comm): f"in_features={H}, vocab=[8, 12) of {V}",

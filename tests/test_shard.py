@@ -1,4 +1,4 @@
-"""Copies, executed with torch, against the plan's ranges read literally: `whole[start:stop]` of each range, put together."""
+"""Copies, executed with torch, against the plan's ranges read literally: `whole[start:stop]` of each, put together."""
 
 import random
 
@@ -10,9 +10,9 @@ from tp_runtime.plan import ParameterPlan, make_plan
 from tp_runtime.shard import copies
 
 CONFIG = {
-    **{"vocab_size": 21, "hidden_size": 12, "intermediate_size": 19, "num_hidden_layers": 1, "num_attention_heads": 6},
-    **{"num_key_value_heads": 3, "head_dim": 2, "torch_dtype": "float32", "num_experts_per_tok": 1},
-}
+    "vocab_size": 21, "hidden_size": 12, "intermediate_size": 19, "num_hidden_layers": 1, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 2, "torch_dtype": "float32", "num_experts_per_tok": 1,
+}  # fmt: skip
 MIXTRAL = {**CONFIG, "model_type": "mixtral", "num_local_experts": 3}
 QWEN3_MOE = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 11}
 LLAMA = {**CONFIG, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
@@ -46,7 +46,7 @@ def counted(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN3_MOE], ids=lambda c: c["model_type"])
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 5, 6])
 def test_every_parameter_from_its_own_tensor(config, tp_size):
-    """Catches a wrong slice, or an unwritten element, where a live model is cut: its parameters have their own names."""
+    """Catches a wrong slice or an unwritten element where a live model is cut: its tensors are the parameters."""
     plan = make_plan(config, tp_size)
     for name in plan.names():
         parameter = plan.parameter(name)
@@ -79,13 +79,14 @@ def test_experts_in_every_layout(config, tp_size, layout):
 
 
 def test_square_experts_are_not_transposed():
-    """Catches a layout guessed from the shape where both layouts have the same: then it is Hugging Face's, [E, N, K]."""
-    (source,) = adapter_for("mixtral").sources("x.mlp.experts.down_proj", (3, 8, 8), {"x.mlp.experts.down_proj": (3, 8, 8)})
+    """Catches a layout guessed from a shape that both layouts have: then it is Hugging Face's, [E, N, K]."""
+    name, shape = "model.layers.0.mlp.experts.down_proj", (3, 8, 8)
+    (source,) = adapter_for("mixtral").sources(name, shape, {name: shape})
     assert not source.transposed
 
 
 def test_random_ranges():
-    """Catches a copy that is right for one range a rank only: seeded shapes, dimensions, ranges (empty ones too), layouts."""
+    """Catches a copy that is right for one range a rank only: seeded shapes, dimensions, ranges, layouts."""
     rng = random.Random(0)
     for _ in range(300):
         shape = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 3)))

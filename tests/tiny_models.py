@@ -1,8 +1,8 @@
 """Tiny random models of every family, as Hugging Face builds them: what a sharded model is compared with.
 
-The shapes are chosen to break what divides by luck: odd FFN and vocabulary, a head size that is not hidden / heads, head counts
-that no tp_size divides. The weights are drawn so that every layer matters and logits are of size 1: a wrong head, row or sign
-moves them by far more than the tolerance.
+The shapes are chosen to break what divides by luck: odd FFN and vocabulary, a head size that is not hidden / heads, head
+counts that few sizes divide. The weights are drawn so that every layer matters and logits are of size 1: a wrong head,
+row or sign moves them by far more than the tolerance.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ import copy
 import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tp_runtime.models.adapter import FAMILIES
 
 HEADS = ((12, 4), (12, 2), (12, 1), (14, 2), (9, 3))  # query heads, key/value heads
-SIZES = {"num_hidden_layers": 2, "head_dim": 8, "vocab_size": 509, "intermediate_size": 389, "max_position_embeddings": 64}
+SIZES = {
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "vocab_size": 509,
+    "intermediate_size": 389,
+    "max_position_embeddings": 64,
+}
 EXPERT_SIZES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 45, "norm_topk_prob": True},
 }
 SPARSE = tuple(EXPERT_SIZES)
-DENSE = tuple(family for family in FAMILIES if family not in SPARSE)
+EVERY_SIZE = (1, 2, 3, 4, 5)  # tp_size
+TOLERANCE = 2e-5  # of float32 logits; seen: 3e-6
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 # What a config can ask for beside its sizes: name -> family, heads, options.
@@ -52,7 +60,22 @@ ROPE = {
 }
 for _type, _scaling in ROPE.items():
     _rope = {"rope_parameters": {"rope_type": _type, "rope_theta": 10000.0, **_scaling}}
-    VARIANTS[f"llama-{_type}"] = ("llama", (12, 2), {**_rope, "max_position_embeddings": 8 if _type == "dynamic" else 64})
+    VARIANTS[f"llama-{_type}"] = (
+        "llama",
+        (12, 2),
+        {**_rope, "max_position_embeddings": 8 if _type == "dynamic" else 64},
+    )
+
+CASES = [*(f"{family}-{heads}/{kv_heads}" for family in FAMILIES for heads, kv_heads in HEADS), *VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only lose by more threads; and unsharded models then round as those on ranks do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(
@@ -70,7 +93,12 @@ def tiny(
         options: config values, beside or instead of `SIZES`.
     """
     num_heads, num_kv_heads = heads
-    sizes = {**SIZES, "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "hidden_size": 4 * num_heads}
+    sizes = {
+        **SIZES,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "hidden_size": 4 * num_heads,
+    }
     config = CONFIG_MAPPING[model_type](**{**sizes, **EXPERT_SIZES.get(model_type, {}), **options})
     # Hugging Face's default experts take no width that is not a multiple of 16 bytes.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()

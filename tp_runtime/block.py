@@ -63,8 +63,10 @@ class ParallelAttention(nn.Module):
         groups, rest = divmod(heads.num_heads, heads.num_kv_heads)
         is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
         self.num_key_value_groups = groups if is_even else 1
-        self.kv_of_query = None if is_even else list(heads.kv_of_query)
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._queries_of_kv = None if is_even else [heads.kv_of_query.count(i) for i in range(heads.num_kv_heads)]
+        self.has_qk_norm = hasattr(attention, "q_norm")
+        if self.has_qk_norm:
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
@@ -81,7 +83,7 @@ class ParallelAttention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qk = qkv[..., : self._qk_features].view(*shape, self._num_qk_heads, self.head_dim)
         v = qkv[..., self._qk_features :].view(*shape, self.num_kv_heads_local, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None:
+        if self.has_qk_norm:
             q, k = qk.split(self._split, dim=-2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
         cos, signed_sin = position_embeddings
@@ -89,13 +91,18 @@ class ParallelAttention(nn.Module):
         q, k = qk.transpose(1, 2).split(self._split, dim=1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if self.kv_of_query is not None:
-            k, v = k[:, self.kv_of_query], v[:, self.kv_of_query]
+        if self._queries_of_kv is not None:
+            k, v = self._one_for_each_query(k), self._one_for_each_query(v)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
         y, _ = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, sliding_window=self.sliding_window, **kwargs
         )
         return self.o_proj(y.reshape(*shape, -1)), None
+
+    def _one_for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
+        """[B, H_kv, S, D] -> [B, H_q, S, D], without an index tensor, which would have to travel to the GPU."""
+        parts = zip(heads.split(1, dim=1), self._queries_of_kv, strict=True)
+        return torch.cat([head.expand(-1, count, -1, -1) for head, count in parts], dim=1)
 
     def extra_repr(self) -> str:
         return f"num_heads_local={self.num_heads_local}, num_kv_heads_local={self.num_kv_heads_local}, head_dim={self.head_dim}"

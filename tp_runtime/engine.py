@@ -181,7 +181,7 @@ class Engine:
                 seen = torch.cat((seen, batch), dim=1)
             if mask is not None:
                 mask = torch.cat((mask, mask.new_ones(len(sequences), 1)), dim=1)
-                positions = positions[:, -1:] + 1
+                positions = mask.sum(-1, keepdim=True) - 1
         return timing
 
     def _append(
@@ -198,7 +198,7 @@ class Engine:
             sequence.finish_reason = "length"
         if sequence.stream is not None and sequence.finish_reason:
             sequence.stream.finish()
-        if on_text is not None:
+        if on_text is not None and sequence.stream is not None:
             is_end = bool(sequence.finish_reason)
             on_text(index, sequence.stream.take(is_last=is_end), is_end)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import preflight
 from .config import GenerationOptions, RuntimeConfig
@@ -44,7 +45,7 @@ class Run:
     chat: bool
     is_json: bool
     is_streaming: bool
-    tokenizer: object = None
+    tokenizer: Any = None
     prompt_ids: list[list[int]] = dataclasses.field(default_factory=list)
 
     def read_prompts(self) -> None:

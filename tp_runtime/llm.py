@@ -78,6 +78,7 @@ class LLM:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
+            start_new_session=True,  # Ctrl-C is the owner's; the ranks end with it
         )
         for fd in theirs:
             os.close(fd)

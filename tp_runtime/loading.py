@@ -17,8 +17,9 @@ from .checkpoint import read_shards
 from .comm import Communicator, communicator
 from .config import RuntimeConfig
 from .layers import VocabParallelEmbedding
+from .models.adapter import adapter_for
 from .patching import local_views, patch, patch_of
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .preflight import Checkpoint, check_checkpoint, resolve
 
 # transformers builds a model under torch's default dtype, which all threads share: one rank of `run_local` at a time.
@@ -37,6 +38,8 @@ def load(path_or_id, group=None, config: RuntimeConfig | None = None) -> PreTrai
     """
     config = config or RuntimeConfig()
     comm = communicator(group)
+    if config.device not in ("auto", comm.device.type):
+        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; pass a group of that device")
     checkpoint = check_checkpoint(resolve(path_or_id, revision=config.revision))
     return load_checkpoint(checkpoint, comm, config.dtype)
 
@@ -70,6 +73,7 @@ def load_weights(
     state = patch_of(model)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = check_checkpoint(resolve(checkpoint))
+    _check_fit(checkpoint, state.plan)
     model.to_empty(device=state.comm.device)
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # its frequencies are computed, not stored
@@ -81,6 +85,17 @@ def load_weights(
     num_threads = max(1, min(4, len(os.sched_getaffinity(0)) // state.comm.size))
     views = local_views(model)
     read_shards(checkpoint, state.plan, state.comm.rank, views, num_threads=num_threads, on_read=on_read)
+
+
+def _check_fit(checkpoint: Checkpoint, plan: Plan) -> None:
+    stored = {n: p.shape for p in adapter_for(checkpoint.model_type).parameters(checkpoint.config) for n in p.names()}
+    needed = {name: plan.parameter(name).shape for name in plan.names()}
+    if wrong := sorted(name for name in stored.keys() | needed.keys() if stored.get(name) != needed.get(name)):
+        name = wrong[0]
+        raise ValueError(
+            f"{checkpoint.name} is a checkpoint of another model: {len(wrong)} parameters differ, first {name}: "
+            f"{stored.get(name, 'absent')} in the checkpoint, {needed.get(name, 'absent')} in the model"
+        )
 
 
 def import_model_code(model_type: str) -> None:

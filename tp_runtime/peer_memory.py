@@ -130,6 +130,7 @@ def open_peer_memory(
                 memory = mmap.mmap(descriptor, num_bytes)
         if not all(gather(memory is not None)):  # also: nobody needs the name any more
             return None
+    assert memory is not None
     return PeerMemory(memory, rank, [other["pid"] for other in everyone], timeout_s)
 
 

@@ -83,5 +83,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: the tokenizer's files are as foreign as the weights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        raise ValueError(f"{path}: the tokenizer comes with code, which is not run; --trust-remote-code allows it")
+    raise ValueError(f"{path}: the tokenizer cannot be loaded ({reason[:300].strip()}); download its files again")
