@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
             if len(sides) == 2:
                 faster = {key: ratio(figures["transformers"][key], figures["ours"][key]) for key in TIMED}
                 ratios.append({"dtype": dtype, **faster})
-                wall = faster["exit_s"]["median"]
-                targets.append(target(f"{dtype}: from the shell to the first token, theirs / ours", wall, least=1.5))
+                speedup = faster["first_token_s"]["median"]
+                targets.append(target(f"{dtype}: from the shell to the first token, theirs / ours", speedup, least=1.5))
     print(table([HEAD, *map(table_row, rows)]))
     for r in ratios:
         print(f"{r['dtype']}: theirs / ours: " + ", ".join(f"{key[:-2]} {shown(r[key])}" for key in TIMED))

@@ -1,6 +1,8 @@
 """The peer: transformers' own tensor parallelism, and the script that its users write for it.
 
     torchrun --standalone --nproc-per-node 2 -m bench.transformers_tp --model PATH --prompt TEXT --max-new-tokens N
+
+bench_load times this command from the shell; the other benchmarks load with `load_sharded`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What differs between model families, as data: one file a family, one table of weights a file.
 
-A weight's shape is written in letters. Some letters can be cut across ranks; every weight that carries such a letter is
-cut by the same partition of it, so that a column-parallel layer's outputs are the inputs of the row-parallel layer after it:
+A weight's shape is written in letters. Some letters can be cut across ranks; every weight that carries such a letter
+is cut by the same partition of it, so that a column-parallel layer's outputs are the inputs of the row-parallel layer
+after it:
 
     vocab       vocabulary                  q    query heads * head size
     ffn         dense intermediate size     kv   key/value heads * head size
@@ -29,7 +30,7 @@ class Weight:
 
     Args:
         name: parameter name; `*` stands for the layer index.
-        style: how it is cut, in the words of transformers' TP plans (`colwise`, `rowwise`, `packed_colwise`, `replicate`, ...).
+        style: how it is cut, in the words of transformers' TP plans (`colwise`, `rowwise`, `packed_colwise`, ...).
         shape: letters, in the order of the tensor's dimensions.
         when: name of the flag (`Adapter.flags`) that must be true for the weight to exist; with `!` in front, false.
         layers: which decoder layers have it: `all`, `dense` or `sparse`.
@@ -44,7 +45,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A `Weight` of one config: letters resolved to sizes. `layers` is empty for a weight outside the decoder layers."""
+    """A `Weight` of one config: letters resolved to sizes. `layers` is empty for one outside the decoder layers."""
 
     name: str
     style: str
@@ -84,11 +85,11 @@ class Adapter:
         model_type: `model_type` of config.json.
         weights: every parameter of the causal-LM class, in the order of the forward pass.
         defaults: config values that config.json may leave out (the config class's own defaults).
-        flags: which optional weights the family has: always (True), or as the named config value says. A flag that is not
-            listed is false.
+        flags: which optional weights the family has: always (True), or as the named config value says. A flag that is
+            not listed is false.
         expert_width: config value that holds the experts' intermediate size.
-        on_disk: where published checkpoints use other names or shapes than the live model: suffix of a parameter name ->
-            suffixes of the tensors on disk, `{e}` standing for the expert; several are stacked along the rows.
+        on_disk: where published checkpoints use other names or shapes than the live model: suffix of a parameter name
+            -> suffixes of the tensors on disk, `{e}` standing for the expert; several are stacked along the rows.
     """
 
     model_type: str
@@ -133,7 +134,7 @@ class Adapter:
         return sizes
 
     def sparse_layers(self, config: Mapping) -> tuple[int, ...]:
-        """Indices of the decoder layers that have experts. A family of both kinds of layer says in its config which are which."""
+        """Indices of the decoder layers that have experts; where a family has both kinds, its config says which."""
         c = self.resolve(config)
         every = range(c["num_hidden_layers"])
         if not self._has("dense"):
@@ -163,8 +164,8 @@ class Adapter:
     def sources(self, name: str, shape: tuple[int, ...], present: Mapping[str, tuple[int, ...]]) -> tuple[Source, ...]:
         """The tensors on disk that make up parameter `name`, whole shape `shape`.
 
-        The parameter's own name comes first, packed experts in either layout; where it is absent, the names that published
-        checkpoints use.
+        The parameter's own name comes first, packed experts in either layout; where it is absent, the names that
+        published checkpoints use.
 
         Args:
             present: every tensor of the checkpoint, name -> shape.

@@ -5,7 +5,7 @@ from .adapter import ATTENTION, EMBEDDING, EXPERTS, HEAD, Adapter
 ADAPTER = Adapter(
     model_type="mixtral",
     weights=(EMBEDDING, *ATTENTION, *EXPERTS, *HEAD),
-    defaults={"num_key_value_heads": 8, "num_local_experts": 8},
+    defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     # The published checkpoints: w1 is the gate, w3 is up, w2 is down.
     on_disk={
         "mlp.gate.weight": ("block_sparse_moe.gate.weight",),

@@ -5,7 +5,12 @@ from .adapter import ATTENTION, EMBEDDING, EXPERTS, GATED_FFN, HEAD, Adapter
 ADAPTER = Adapter(
     model_type="qwen3_moe",
     weights=(EMBEDDING, *ATTENTION, *GATED_FFN, *EXPERTS, *HEAD),
-    defaults={"num_key_value_heads": 4, "num_local_experts": 128, "moe_intermediate_size": 768},
+    defaults={
+        "num_key_value_heads": 4,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm": True},
     expert_width="moe_intermediate_size",
     on_disk={

@@ -1,14 +1,18 @@
-"""Runs `python -m tp_runtime.generate` many times for the price of one import: a process that has imported what the command
-imports, and forks one child for each command line. The child runs `generate.main(argv)` with its own files as stdout, stderr
-and stdin, its own environment and working directory, and ends with main's exit code, as the command itself does.
+"""Runs `python -m tp_runtime.generate` many times for the price of one import.
+
+A process that has imported what the command imports forks one child for each command line. The child runs
+`generate.main(argv)` with its own files as stdin, stdout and stderr and its own environment, and ends with main's exit
+code, as the command itself does.
 """
 
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,9 +27,9 @@ class CommandServer:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, *argv: str, stdin: str = "", env: dict | None = None) -> dict:
-        """Starts a command; give the result to `wait`."""
-        job = {"argv": argv, "stdin": stdin, "env": env or {}}
+    def start(self, *argv: str, stdin: str = "", env: dict | None = None, step_s: float = 0.0) -> dict:
+        """Starts a command; give the result to `wait`. With `step_s`, each decode step takes that much longer."""
+        job = {"argv": argv, "stdin": stdin, "env": env or {}, "step_s": step_s}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -33,8 +37,6 @@ class CommandServer:
     def wait(self, job: dict) -> subprocess.CompletedProcess:
         pidfd = os.pidfd_open(job["pid"])
         try:
-            import select
-
             if not select.select([pidfd], [], [], 60)[0]:
                 os.kill(job["pid"], 9)
                 raise AssertionError(f"hangs: {job}")
@@ -61,6 +63,16 @@ class CommandServer:
         self._process.stdout.close()
 
 
+def slow_down(sampler, step_s: float) -> None:
+    next_tokens = sampler.next_tokens
+
+    def slowly(*args):
+        time.sleep(step_s)
+        return next_tokens(*args)
+
+    sampler.next_tokens = slowly
+
+
 def serve() -> None:
     from tp_runtime import engine, generate, loading, report
 
@@ -82,6 +94,8 @@ def serve() -> None:
             os.dup2(os.open(f"{folder}/err", os.O_CREAT | os.O_WRONLY), 2)
             sys.stdin = open(0, closefd=False)
             os.environ.update(job["env"])
+            if job["step_s"]:
+                slow_down(engine.Sampler, job["step_s"])
             code = 1
             with contextlib.suppress(SystemExit):
                 code = generate.main(job["argv"])

@@ -37,10 +37,14 @@ def speak(comm) -> dict:
         x = values(r, 5, 101, dtype=dtype)
         heard[f"sum {dtype}"] = comm.all_reduce(x)
         heard[f"sum {dtype} is in place"] = heard[f"sum {dtype}"] is x
+        wide = values(r, 3, 100_000, dtype=dtype)  # more than goes through shared memory
+        heard[f"wide sum {dtype}"] = comm.all_reduce(wide)
     heard["sum of ids"] = comm.all_reduce(torch.tensor([r, 2**40]))
     heard["sum of nothing"] = comm.all_reduce(torch.empty(0, 4))
     heard["rows"] = comm.all_gather(torch.arange(2 * LENGTHS[r]).view(2, LENGTHS[r]) + 10 * r, LENGTHS)
     heard["strided"] = comm.all_gather(values(r, 4, 2, 3).transpose(0, 2), [4] * TP)
+    wide = torch.arange(2 * 50_000 * LENGTHS[r]).view(2, 50_000 * LENGTHS[r]) + 10**6 * r
+    heard["wide rows"] = comm.all_gather(wide, [50_000 * n for n in LENGTHS])
     heard["flat"] = comm.all_gather(torch.full((LENGTHS[r],), float(r)), LENGTHS)
     heard["no rows"] = comm.all_gather(torch.empty(0, LENGTHS[r]), LENGTHS)
     for source in range(TP):
@@ -73,7 +77,8 @@ def speak_in_groups(comm) -> dict:
     }
     for name, group in groups.items():
         ours = communicator(group)
-        heard[f"group {name}"] = (ours.rank, ours.size, ours.all_reduce(torch.tensor([1 + comm.rank])).item())
+        total, last = ours.all_reduce(torch.tensor([1 + comm.rank])), torch.tensor([comm.rank])
+        heard[f"group {name}"] = (ours.rank, ours.size, total.item(), ours.broadcast(last, ours.size - 1).item())
     heard["ours"] = communicator(comm) is comm
     for name, group in {"2-D mesh": mesh, "no group": "tp", "not mine": some}.items():
         try:
@@ -102,13 +107,17 @@ def test_ranks_are_in_order(heard):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sum_has_the_same_bits_on_every_rank(heard, dtype):
-    """Catches sums in another order on another rank: tokens would differ between ranks after some thousand steps."""
-    sums = [h[f"sum {dtype}"] for h in heard]
-    assert all(s.dtype == dtype and torch.equal(s, sums[0]) for s in sums)
+    """Catches sums in another order on another rank, and half precision that is rounded at every addition."""
+    for name, shape in (("sum", (5, 101)), ("wide sum", (3, 100_000))):
+        sums = [h[f"{name} {dtype}"] for h in heard]
+        assert all(s.dtype == dtype and torch.equal(s, sums[0]) for s in sums)
+        parts = torch.stack([values(r, *shape, dtype=dtype) for r in range(TP)])
+        if dtype == torch.float32:  # each of the two additions rounds by eps / 2
+            error = (sums[0].double() - parts.double().sum(0)).abs()
+            assert (error <= torch.finfo(dtype).eps * parts.double().abs().sum(0)).all()
+        else:
+            assert torch.equal(sums[0], parts.float().sum(0).to(dtype))  # rounded once
     assert all(h[f"sum {dtype} is in place"] for h in heard)
-    parts = torch.stack([values(r, 5, 101, dtype=dtype).double() for r in range(TP)])
-    bound = torch.finfo(dtype).eps * parts.abs().sum(0)  # each of the two additions and the result round by eps / 2
-    assert ((sums[0].double() - parts.sum(0)).abs() <= bound).all()
 
 
 def test_sums_of_whole_numbers_and_of_nothing(heard):
@@ -121,9 +130,12 @@ def test_gather_of_uneven_and_empty_parts(heard):
     """Catches padding left in the result, an empty part that shifts the others, strides taken for memory order."""
     rows = [[0, 1, 2, 20, 21], [3, 4, 5, 22, 23]]
     strided = torch.cat([values(r, 4, 2, 3).transpose(0, 2) for r in range(TP)], dim=-1)
+    wide_parts = [torch.arange(100_000 * n).view(2, 50_000 * n) + 10**6 * r for r, n in enumerate(LENGTHS)]
+    wide_rows = torch.cat(wide_parts, dim=1)
     for h in heard:
         assert h["rows"].tolist() == rows
         assert torch.equal(h["strided"], strided)
+        assert torch.equal(h["wide rows"], wide_rows)
         assert h["flat"].tolist() == [0, 0, 0, 2, 2]
         assert h["no rows"].shape == (0, 5)
 
@@ -155,9 +167,9 @@ def test_disagreement_names_fields_ranks_and_values(heard):
 def test_groups_of_processes():
     """Catches a communicator that takes the default group whatever it is given, or the wrong dimension of a mesh."""
     for r, h in enumerate(gloo_heard()):
-        assert h["group default"] == h["group world"] == h["group mesh"] == (r, TP, 6)
+        assert h["group default"] == h["group world"] == h["group mesh"] == (r, TP, 6, 2)
         if r != 1:
-            assert h["group some"] == (r // 2, 2, 4)
+            assert h["group some"] == (r // 2, 2, 4, 2)
         assert h["ours"]
         assert h["2-D mesh"] == "the DeviceMesh has 2 dimensions; pass its tensor-parallel one, mesh['tp']"
         assert h["no group"] == "group is a str; pass a process group, a DeviceMesh or a Communicator"

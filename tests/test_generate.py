@@ -115,8 +115,8 @@ def test_chat_uses_the_template(command):
 
 
 def test_sampling_is_in_step_and_seeded(command):
-    """Catches ranks that draw for themselves: without a seed they would stop at different steps and hang; and a seed that
-    does not fix the draw, or that means something else at another number of ranks."""
+    """Catches ranks that draw for themselves: without a seed they would stop at different steps and hang; and a seed
+    that does not fix the draw, or that means something else at another number of ranks."""
     flags = ("--prompt", ">7+3=", "--temperature", "3", "--json", "--dtype", "float32", "--max-new-tokens", "16")
     free = {tuple(completions(command.run("--tp", "3", *flags))[0]["tokens"]) for _ in range(3)}
     assert len(free) > 1
@@ -145,12 +145,17 @@ def test_four_runs_at_once(command):
 
 def test_plan_prints_a_table_without_torch():
     """Catches --plan that needs weights, torch or a second."""
-    code = "import sys; from tp_runtime.generate import main; code = main(['--plan', '--tp', '3', '--model', 'demo:mixtral']);"
-    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    done = without_torch("--plan", "--tp", "3", "--model", "demo:mixtral")
     assert done.returncode == 0, done.stderr
     assert "model.layers.*.mlp.experts.gate_up_proj" in done.stdout and "packed_colwise" in done.stdout
     assert "collectives per layer: 2" in done.stdout
+
+
+def without_torch(*argv):
+    """The command in a process of its own, which fails if torch or transformers was imported."""
+    code = f"import sys; from tp_runtime.generate import main; code = main({list(argv)!r})\n"
+    code += "assert not {'torch', 'transformers'} & sys.modules.keys()\nsys.exit(code)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
 
 
 REJECTED = {
@@ -181,8 +186,7 @@ def test_bad_input_is_one_line_and_exit_2_before_torch(case):
     argv, part = REJECTED[case]
     if case == "cuda" and os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU")
-    code = f"import sys; from tp_runtime.generate import main; code = main({argv!r}); assert 'torch' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    done = without_torch(*argv)
     assert (done.returncode, done.stdout) == (2, ""), done
     assert len(done.stderr.splitlines()) == 1 and part in done.stderr, done.stderr
 
@@ -217,9 +221,8 @@ def wait_for(condition, timeout_s=30.0):
 @pytest.fixture
 def long_run(command):
     """A run that streams for a while, with its two ranks at work."""
-    job = command.start(
-        "--tp", "2", "--prompt", ">7+3=", "--max-new-tokens", "240", "--timeout", "2", "--temperature", "9"
-    )
+    flags = ["--tp", "2", "--prompt", ">0+1=", "--max-new-tokens", "245", "--timeout", "2"]
+    job = command.start(*flags, step_s=0.05)  # 12 seconds
     ranks = wait_for(lambda: len(found := ranks_of(job["pid"])) == 2 and found)
     wait_for(lambda: os.path.getsize(job["folder"] + "/out") > 0)
     yield job, ranks

@@ -230,7 +230,7 @@ def test_what_cannot_be_loaded_is_refused(folder_of):
     errors = tp_runtime.run_local(lambda comm: error_of(tp_runtime.load, Path("/nowhere"), comm), 3)
     assert len(set(errors)) == 1 and "/nowhere" in errors[0]
     message = error_of(tp_runtime.load, folder_of("llama-12/4"), None, RuntimeConfig(device="cuda"))
-    assert message == "device='cuda', but the group is on cpu; pass a group of that device"
+    assert message == "device='cuda', but the group is on cpu; pass one of that device"
 
 
 def test_generation_config_of_the_checkpoint_is_the_models(tmp_path):

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from generation_modes import MODES, SAMPLED
+from generation_modes import MODES, SAMPLED, Collector
 from gloo_ranks import run_gloo
 from tiny_models import (
     CASES,
@@ -24,7 +24,16 @@ from tiny_models import (
     tiny,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, MaxTimeCriteria
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    MaxTimeCriteria,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import tp_runtime
 from tp_runtime.comm import NullCommunicator
@@ -114,6 +123,30 @@ def test_attention_implementations(name, implementation):
         torch.compiler.set_stance("default")
 
 
+@pytest.mark.parametrize(
+    "name", ["llama-12/2", "qwen2-mixed", "mistral-sliding", "mixtral-sliding", "qwen3_moe-sliding"]
+)
+def test_attention_functions_are_told_what_hugging_face_tells_them(name):
+    """Catches a window that only the mask knows: flash attention takes it from the module's call, and has no mask."""
+    told = []
+
+    def spy(module, q, k, v, mask, **options):
+        known = ("scaling", "dropout", "sliding_window", "use_cache", "position_ids")
+        about = {key: options.get(key) for key in known}
+        told.append({**about, "layer": module.layer_idx, "causal": module.is_causal, "head_dim": q.shape[-1]})
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    for patch in (lambda model: None, lambda model: tp_runtime.patch(model, NullCommunicator(1, 3))):
+        model = reference(name).copy()
+        patch(model)
+        model.set_attn_implementation("spy")
+        model(prompt(), position_ids=None, use_cache=False)
+    theirs, ours = told[:2], told[2:]
+    assert len(ours) == 2 and str(ours) == str(theirs)  # as text: positions are tensors
+
+
 @functools.cache
 def in_bfloat16(family: str) -> list[tuple]:
     """Of two seeds: a bf16 model, ids, and what the same weights say in float32. Not for threads, as `other`."""
@@ -189,7 +222,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("mode", [*MODES, *SAMPLED])
-@pytest.mark.parametrize("name, tp_size", [("llama-14/2", 3), ("qwen2-mixed", 2), ("mixtral-sliding", 4)])
+@pytest.mark.parametrize("name, tp_size", [("qwen2-mixed", 2), ("mixtral-sliding", 4)])
 def test_generate_gives_the_unpatched_models_tokens(name, tp_size, mode):
     """Catches a cache for all heads, draws or stops that differ between ranks, padding that is attended to."""
     want = said(name, mode)
@@ -224,6 +257,18 @@ def test_unseeded_draws_are_the_same_on_every_rank_and_others_in_the_next_call()
     first, *others = tp_runtime.run_local(run, 4)
     assert not torch.equal(*first)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+def test_rank_zero_alone_may_stream():
+    """Catches a streamer that every rank must have, or None that is taken for another value than nothing."""
+
+    def run(comm):
+        streamer = Collector() if comm.rank == 0 else None
+        out = patched("llama-12/4", comm).generate(prompt(1), max_new_tokens=3, do_sample=False, streamer=streamer)
+        return out, torch.cat(streamer.pieces) if streamer else out[0]
+
+    for out, streamed in tp_runtime.run_local(run, 3):
+        assert torch.equal(out[0], streamed) and torch.equal(out[0], reference("llama-12/4").tokens[0, :12])
 
 
 def test_ranks_stop_together_by_rank_zeros_clock():
@@ -337,19 +382,23 @@ def test_ranks_that_patch_another_model_are_named():
 def test_models_and_plans_that_cannot_work_are_refused():
     """Catches a model that is cut by another's plan, and a family that nobody has tested."""
     make_plan, llama = tp_runtime.make_plan, reference("llama-12/4").model
-    gqa, mistral = reference("llama-12/2").model, reference("mistral-12/4").model
+    two_kv_heads, mistral = reference("llama-12/2").model, reference("mistral-12/4").model
+    differ = (
+        "model and plan differ in 4 parameters, first model.layers.0.self_attn.k_proj.weight: (32, 48) in the model"
+    )
     refused = {
         "model type 'gpt2' is not supported; supported: " + ", ".join(FAMILIES): {"model": gpt2()},
         "Linear is no Hugging Face causal language model": {"model": nn.Linear(2, 2)},
-        "the model's dtype is float64; supported: float32, bfloat16, float16": {
-            "model": reference("llama-12/4").copy().double()
-        },
+        "the model's dtype is float64; supported: float32": {"model": reference("llama-12/4").copy().double()},
         "the plan is for 4 ranks, the group has 2": {"plan": make_plan(llama.config, 4)},
         "the plan is for 'mistral', the model is 'llama'": {"plan": make_plan(mistral.config, 2)},
-        "model and plan differ in 4 parameters, first model.layers.0.self_attn.k_proj.weight: (32, 48) in the model, (16, 48) "
-        "in the plan": {"plan": make_plan(gqa.config, 2)},
-        "dtype='bfloat16', but the model is float32; convert it first": {"config": RuntimeConfig(dtype="bfloat16")},
+        "the plan is for float16 weights, the model's are float32": {
+            "plan": make_plan(llama.config, 2, dtype="float16")
+        },
+        differ + ", (16, 48) in the plan": {"plan": make_plan(two_kv_heads.config, 2)},
+        "dtype='bfloat16', but the model is float32; call model.to(": {"config": RuntimeConfig(dtype="bfloat16")},
         "device='cuda', but the group is on cpu": {"config": RuntimeConfig(device="cuda")},
+        "the model is on cpu, the group on cuda; move": {"group": NullCommunicator(0, 2, device="cuda")},
         "group is a str; pass a process group, a DeviceMesh or a Communicator": {"group": "tp"},
         "tp_size=13 exceeds 12 query heads; choose 1 to 12": {"group": NullCommunicator(0, 13)},
     }
@@ -411,7 +460,9 @@ def test_the_weights_of_other_ranks_are_released(name, tp_size):
 
     shares = tp_runtime.run_local(run, tp_size)
     whole_bytes = bytes_of(reference(name).model.parameters())
-    assert max(shares) < 1.8 * whole_bytes / tp_size  # norms and routers are on every rank; heads and units are not divided
+    assert (
+        max(shares) < 1.8 * whole_bytes / tp_size
+    )  # norms and routers are on every rank; heads and units are not divided
 
 
 def test_the_report_and_the_printed_model_say_what_was_replaced():
@@ -448,7 +499,7 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
     assert repr(model) == shown and len(model._forward_pre_hooks) == 1
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 5])
+@pytest.mark.parametrize("tp_size", [1, 3])
 @pytest.mark.parametrize(
     "name", ["llama-biased", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"]
 )

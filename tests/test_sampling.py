@@ -127,6 +127,14 @@ def test_frequencies(options):
     assert (counts[expected == 0] == 0).all()
 
 
+def test_top_p_ends_with_the_token_that_reaches_it():
+    """Catches one token too many where the sum is top_p exactly: a half of four equal tokens are two, the first two."""
+    logits = torch.zeros(2000, 4)
+    assert (TopPLogitsWarper(0.5)(None, logits.clone()) == 0).sum(-1).tolist() == [2] * 2000
+    (tokens,) = tokens_of([2, 2], [logits], seed=0, temperature=1.0, top_p=0.5)
+    assert set(tokens) == {0, 1}
+
+
 def test_top_k_keeps_k_of_equal_logits():
     """Catches a candidate set that topk chose at random among equals: of equal logits the lowest ids stay."""
     logits = torch.full((1, 21), 1.0)
@@ -141,8 +149,8 @@ def test_draws_without_a_seed_differ_from_run_to_run():
     assert tokens_of([11, 10], logits, temperature=1.0) != tokens_of([11, 10], logits, temperature=1.0)
 
 
-def test_rank_zero_decides_the_seed():
-    """Catches ranks that were given different seeds and draw apart."""
+def test_rank_zero_draws():
+    """Catches ranks that were given different seeds, or that compute differently, and draw apart."""
 
     def run(comm, cut):
         return Sampler(comm, [11, 10], temperature=1.0, seed=comm.rank).next_tokens(cut(torch.zeros(50, 21)))

@@ -41,7 +41,7 @@ def test_one_node():
 
 
 def test_two_nodes_of_two_ranks():
-    """Catches a rank that takes its number on the node for its number in the group, and a rendezvous by a local file."""
+    """Catches a rank that takes its number on the node for its number in the group; a rendezvous by a local file."""
     flags = ["--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     agents = [[*TORCHRUN, *flags, "--node-rank", str(node), *COMMAND] for node in range(2)]
     (first, second) = run(agents)
@@ -56,7 +56,7 @@ def test_two_nodes_of_two_ranks():
     [(["--prompt", "1+{rank}="], "prompt"), (["--prompt", "1+1=", "--seed", "{rank}"], "seed")],
 )
 def test_ranks_that_disagree_are_named(tmp_path, flags, differs):
-    """Row R10. Catches ranks with another prompt or option: silent garbage, a different text on each rank, or a hang."""
+    """Row R10. Catches ranks with another prompt or option: silent garbage, different texts, or a hang."""
     script = tmp_path / "different.py"
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"

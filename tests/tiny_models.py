@@ -1,8 +1,8 @@
 """Tiny random models of every family, as Hugging Face builds them: what a sharded model is compared with.
 
-The shapes are chosen to break what divides by luck: odd FFN and vocabulary, a head size that is not hidden / heads, head
-counts that few sizes divide. The weights are drawn so that every layer matters and logits are of size 1: a wrong head,
-row or sign moves them by far more than the tolerance.
+The shapes are chosen to break what divides by luck: odd FFN and vocabulary, a head size that is not hidden / heads,
+head counts that few sizes divide. The weights are drawn so that every layer matters and logits are of size 1: a wrong
+head, row or sign moves them by far more than the tolerance.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Reference:
     Args:
         ids: [2, 9].
         logits: of `ids`, [2, 9, V].
-        tokens: `ids` and what follows greedily, [2, 15].
+        tokens: `ids` and what follows greedily, [2, 13].
     """
 
     model: PreTrainedModel
@@ -147,9 +147,9 @@ def reference(name: str) -> Reference:
 
 
 def answers(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of `ids`; `ids` with six tokens more, chosen greedily."""
+    """Logits of `ids`; `ids` with four tokens more, chosen greedily."""
     with torch.no_grad():
-        return model(ids).logits, model.generate(ids, max_new_tokens=6, do_sample=False)
+        return model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
 
 
 def prompt(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,8 +23,8 @@ from .plan import HeadPlan
 class RotaryEmbedding(nn.Module):
     """cos and sin of Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
 
-    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed once a
-    forward pass, not once a layer.
+    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed
+    once a forward pass, not once a layer.
 
     Returns:
         cos and signed sin, [B, S, 1, D] each.
@@ -44,9 +43,9 @@ class RotaryEmbedding(nn.Module):
 class ParallelAttention(nn.Module):
     """Attention over a rank's query heads and the key/value heads that they read. Returns the reduced output.
 
-    Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide, a
-    rank's query heads may be spread unevenly over its key/value heads; then each query head gets its own copy of the one
-    that it reads, after the cache, so that the cache still holds each head once.
+    Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide,
+    a rank's query heads may be spread unevenly over its key/value heads; then each query head gets its own copy of the
+    one that it reads, after the cache, so that the cache still holds each head once.
     """
 
     def __init__(self, attention: nn.Module, heads: HeadPlan, qkv_proj: QKVParallelLinear, o_proj: RowParallelLinear):
@@ -63,7 +62,7 @@ class ParallelAttention(nn.Module):
         groups, rest = divmod(heads.num_heads, heads.num_kv_heads)
         is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
         self.num_key_value_groups = groups if is_even else 1
-        self._queries_of_kv = None if is_even else [heads.kv_of_query.count(i) for i in range(heads.num_kv_heads)]
+        self._queries_of_kv = [] if is_even else [heads.kv_of_query.count(i) for i in range(heads.num_kv_heads)]
         self.has_qk_norm = hasattr(attention, "q_norm")
         if self.has_qk_norm:
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -91,12 +90,11 @@ class ParallelAttention(nn.Module):
         q, k = qk.transpose(1, 2).split(self._split, dim=1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if self._queries_of_kv is not None:
+        if self._queries_of_kv:
             k, v = self._one_for_each_query(k), self._one_for_each_query(v)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
-        y, _ = attend(
-            self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, sliding_window=self.sliding_window, **kwargs
-        )
+        options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
+        y, _ = attend(self, q, k, v, attention_mask, **options)
         return self.o_proj(y.reshape(*shape, -1)), None
 
     def _one_for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
@@ -105,7 +103,8 @@ class ParallelAttention(nn.Module):
         return torch.cat([head.expand(-1, count, -1, -1) for head, count in parts], dim=1)
 
     def extra_repr(self) -> str:
-        return f"num_heads_local={self.num_heads_local}, num_kv_heads_local={self.num_kv_heads_local}, head_dim={self.head_dim}"
+        heads = f"num_heads_local={self.num_heads_local}, num_kv_heads_local={self.num_kv_heads_local}"
+        return f"{heads}, head_dim={self.head_dim}"
 
 
 class ParallelMLP(nn.Module):

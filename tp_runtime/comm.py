@@ -29,7 +29,7 @@ from .peer_memory import SLOT_BYTES, PeerMemory, open_peer_memory
 
 
 class Communicator(ABC):
-    """`rank` of `size`, tensors on `device`. Collectives are called by every rank in the same order, or nobody returns."""
+    """`rank` of `size`, tensors on `device`. Every rank calls the collectives in the same order, or nobody returns."""
 
     def __init__(self, rank: int, size: int, device: torch.device, heartbeat: Heartbeat | None = None):
         self.rank, self.size, self.device = rank, size, device
@@ -91,7 +91,7 @@ class Communicator(ABC):
             fields: what must agree, JSON-able, by the name that an error shows. Long values are compared by digest.
 
         Raises:
-            ValueError: on every rank, naming the fields that differ (the first ones of many), the ranks and their values.
+            ValueError: on every rank, naming the fields that differ (of many, the first), the ranks and their values.
         """
         if self.size == 1:
             return
@@ -102,7 +102,7 @@ class Communicator(ABC):
             for rank, mine in enumerate(everyone):
                 ranks_of.setdefault(mine.get(name, "nothing"), []).append(str(rank))
             if len(ranks_of) > 1:
-                views = ("; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)}: {v}" for v, r in ranks_of.items()))
+                views = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)}: {v}" for v, r in ranks_of.items())
                 problems.append(f"{name} ({views})")
         if len(problems) > 5:
             problems[4:] = [f"{len(problems) - 4} more"]
@@ -110,9 +110,12 @@ class Communicator(ABC):
             raise ValueError("ranks disagree on " + " and on ".join(problems) + "; every rank must be given the same")
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     dtype = parts[0].dtype
-    total = parts[0].to(torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype, copy=True)
+    total = parts[0].to(torch.float32 if dtype in _HALF else dtype, copy=True)
     for part in parts[1:]:
         total += part
     return total
@@ -176,20 +179,23 @@ class TorchCommunicator(Communicator):
         self.collective_s = 0.0 if self.device.type == "cpu" else None
 
     def all_reduce(self, x):
-        if self._peers and x.nbytes <= SLOT_BYTES:
-            parts = self._timed("all_reduce", lambda: self._peers.exchange(x, [x.shape] * self.size))
+        if (peers := self._peers) and x.nbytes <= SLOT_BYTES:
+            parts = self._timed("all_reduce", lambda: peers.exchange(x, [x.shape] * self.size))
             return x.copy_(_sum_in_rank_order(parts))
-        if x.numel():
-            self._timed("all_reduce", lambda: self.group.allreduce([x]).wait())
-        return x
+        if not x.numel():
+            return x
+        # gloo rounds after each addition; of two ranks there is but one.
+        wide = x.float() if x.dtype in _HALF and self.size > 2 and self.device.type == "cpu" else x
+        self._timed("all_reduce", lambda: self.group.allreduce([wide]).wait())
+        return x if wide is x else x.copy_(wide)
 
     def all_gather(self, x, lengths):
         if self.size == 1:
             return x
         longest, rows = max(lengths), x.shape[:-1].numel()
-        if self._peers and rows * longest * x.itemsize <= SLOT_BYTES:
+        if (peers := self._peers) and rows * longest * x.itemsize <= SLOT_BYTES:
             shapes = [(*x.shape[:-1], length) for length in lengths]
-            return torch.cat(self._timed("all_gather", lambda: self._peers.exchange(x, shapes)), dim=-1)
+            return torch.cat(self._timed("all_gather", lambda: peers.exchange(x, shapes)), dim=-1)
         part = x.reshape(rows, lengths[self.rank])
         if lengths[self.rank] != longest:  # the group gathers equal parts only
             part = torch.nn.functional.pad(part, (0, longest - lengths[self.rank]))
@@ -257,10 +263,10 @@ class LocalCommunicator(Communicator):
 
 
 def communicator(group=None) -> Communicator:
-    """The communicator of a process group, a 1-D DeviceMesh or one of ours; None: the default group, else a single rank.
+    """The communicator of a process group, a 1-D DeviceMesh or one of ours; None: the default group, or a single rank.
 
     Raises:
-        ValueError: a DeviceMesh of more than one dimension, a group without this process, or something that is no group.
+        ValueError: a DeviceMesh of several dimensions, a group without this process, or something that is no group.
     """
     if isinstance(group, Communicator):
         return group
@@ -280,8 +286,8 @@ def communicator(group=None) -> Communicator:
 def join_group(env, backend: str, device: torch.device) -> TorchCommunicator:
     """Joins this process to its group and returns the communicator.
 
-    Ranks that the launcher started meet in a file of its private folder: no port, nothing that listens. Ranks of torchrun
-    meet where its environment says.
+    Ranks that the launcher started meet in a file of its private folder: no port, nothing that listens. Ranks of
+    torchrun meet where its environment says.
 
     Args:
         env: launch.RankEnv.

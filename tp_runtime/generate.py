@@ -25,6 +25,7 @@ from . import preflight
 from .config import GenerationOptions, RuntimeConfig
 from .env import versions
 from .launch import RankEnv, joined, launch
+from .models.adapter import adapter_for
 from .plan import Plan, make_plan
 from .preflight import Checkpoint
 
@@ -247,6 +248,7 @@ class _Display:
 def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], device: str) -> None:
     from .report import report_line, run_report
 
+    adapter = adapter_for(run.checkpoint.model_type)
     report = run_report(
         run.plan,
         name=run.checkpoint.name,
@@ -256,7 +258,7 @@ def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], devic
         batch=len(run.prompts),
         peak_memory_bytes=[rank["peak_memory_bytes"] for rank in ranks],
         collective_s=[rank["collective_s"] for rank in ranks if rank["collective_s"] is not None],
-        experts_per_token=run.checkpoint.config.get("num_experts_per_tok") or 0,
+        experts_per_token=adapter.resolve(run.checkpoint.config).get("num_experts_per_tok", 0),
     )
     if run.is_json:
         print(json.dumps({"completions": [dataclasses.asdict(c) for c in completions], "report": report}), flush=True)

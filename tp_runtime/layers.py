@@ -5,9 +5,9 @@
 
 A column-parallel layer followed by a row-parallel one needs no communication between the two.
 
-A module that replaces one or more Hugging Face modules says with `shards(name)` which part of it is which of their parameters,
-by Hugging Face's names within the parent module: loading, patching and unpatching all go through these views. Any part may be empty: a rank may hold
-no vocabulary, and small models have fewer 16-byte units than ranks.
+A module that replaces one or more Hugging Face modules says with `shards(name)` which part of it is which of their
+parameters, by Hugging Face's names within the parent module: loading, patching and unpatching go through these views.
+Any part may be empty: a rank may hold no vocabulary, and small models have fewer 16-byte units than ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class ColumnParallelLinear(nn.Module):
 
     def extra_repr(self) -> str:
         parts = " + ".join(f"{name} {size}" for name, size in self.parts.items())
-        return f"in_features={self.in_features}, out_features_local={self.out_features_local} ({parts}), bias={self.bias is not None}"
+        features = f"in_features={self.in_features}, out_features_local={self.out_features_local}"
+        return f"{features} ({parts}), bias={self.bias is not None}"
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -70,7 +71,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once. Same bits on every rank."""
+    """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once; same bits everywhere."""
 
     def __init__(self, in_features_local: int, out_features: int, bias: bool, like: torch.Tensor, comm: Communicator):
         super().__init__()
@@ -87,15 +88,16 @@ class RowParallelLinear(nn.Module):
         return views if self.bias is None else {**views, f"{name}.bias": self.bias.detach()}
 
     def extra_repr(self) -> str:
-        return f"in_features_local={self.in_features_local}, out_features={self.out_features}, bias={self.bias is not None}"
+        features = f"in_features_local={self.in_features_local}, out_features={self.out_features}"
+        return f"{features}, bias={self.bias is not None}"
 
 
 class VocabParallelEmbedding(nn.Module):
-    """y[..., H] = weight[ids], each rank holding the rows [start, stop) of the table: one all-reduce, exact in any dtype.
+    """y[..., H] = weight[ids], each rank holding rows [start, stop) of the table: one all-reduce, exact in any dtype.
 
-    A rank looks up the tokens of other ranks in a row of zeros that it keeps before its first and after its last row, so that
-    a lookup is a clamp and a gather. The first rank has none before and the last none after: there, an id outside the
-    vocabulary is the IndexError that it is in `nn.Embedding`.
+    A rank looks up the tokens of other ranks in a row of zeros that it keeps before its first and after its last row,
+    so that a lookup is a clamp and a gather. The first rank has none before and the last none after: there, an id
+    outside the vocabulary is the IndexError that it is in `nn.Embedding`.
     """
 
     def __init__(self, vocab: Range, vocab_size: int, hidden_size: int, like: torch.Tensor, comm: Communicator):
@@ -196,7 +198,9 @@ class ParallelExperts(nn.Module):
         self.gate_up_proj = _parameter(num_experts, 2 * width, hidden_size, like=like)
         self.down_proj = _parameter(num_experts, hidden_size, width, like=like)
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states: [T, H].
@@ -229,7 +233,7 @@ class ParallelExperts(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; whole on every rank. One op where HF's takes eight."""
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; whole on every rank. One op, HF's takes eight."""
 
     def __init__(self, size: int, eps: float, like: torch.Tensor):
         super().__init__()

@@ -1,7 +1,7 @@
 """LLM: generate from a plain script or a notebook cell; it starts its own ranks and ends them.
 
-The two ends of it are in this file. The owner checks the checkpoint, starts one launcher (`python -m tp_runtime.llm`) and
-talks to its ranks in lines of JSON:
+The two ends of it are in this file. The owner checks the checkpoint, starts one launcher and talks to its ranks in
+lines of JSON:
 
     owner      request --> a pipe to each rank          reply <-- a pipe from rank 0
     launcher   forks the ranks; stops them when the owner is gone
@@ -16,11 +16,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import select
 import subprocess
 import sys
 import tempfile
-import traceback
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +27,6 @@ from . import preflight
 from .completion import Completion
 from .config import GenerationOptions, RuntimeConfig
 from .launch import RankEnv, launch
-
 
 _CLOSE_S = 5.0  # for the ranks to end by themselves
 
@@ -152,9 +149,7 @@ def _dataclass(cls, values: dict):
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    if isinstance(values.get("stop"), str):
-        values = {**values, "stop": (values["stop"],)}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**values)
 
 
 def _end(process: subprocess.Popen, files: list, alive_write: int) -> None:
@@ -229,7 +224,7 @@ def _answer_requests(env: RankEnv, job: dict) -> None:
                     ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in request["prompts"]]
                     completions, _ = engine.generate(request["prompts"], ids, options)
                     answer(request["number"], completions=[dataclasses.asdict(c) for c in completions])
-                except ValueError as error:  # of the request: every rank finds the same
+                except (ValueError, FloatingPointError) as error:  # of the request: every rank finds the same
                     answer(request["number"], error=str(error))
                 comm.heartbeat.beat("idle")
 

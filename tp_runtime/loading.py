@@ -27,7 +27,7 @@ _BUILDING = threading.Lock()
 
 
 def load(path_or_id, group=None, config: RuntimeConfig | None = None) -> PreTrainedModel:
-    """A patched model with this rank's part of the checkpoint's weights. Every rank calls it; each reads its slices only.
+    """A patched model with this rank's part of a checkpoint's weights. Every rank calls it; each reads its slices only.
 
     Args:
         path_or_id: a checkpoint folder, a Hub id (downloaded once if it is not in the cache) or a `demo:` name.
@@ -39,7 +39,7 @@ def load(path_or_id, group=None, config: RuntimeConfig | None = None) -> PreTrai
     config = config or RuntimeConfig()
     comm = communicator(group)
     if config.device not in ("auto", comm.device.type):
-        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; pass a group of that device")
+        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; pass one of that device")
     checkpoint = check_checkpoint(resolve(path_or_id, revision=config.revision))
     return load_checkpoint(checkpoint, comm, config.dtype)
 

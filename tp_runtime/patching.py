@@ -1,4 +1,4 @@
-"""patch(model): a live Hugging Face model becomes this rank's part of a tensor-parallel one, in place; unpatch undoes it.
+"""patch(model): a live Hugging Face model becomes this rank's part of a tensor-parallel one; unpatch undoes it.
 
 What is replaced, by attribute name, in the instance and never in a class:
 
@@ -44,7 +44,7 @@ from .shard import copies
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` replaced: (path, class before, class after) for each module, and the bytes of weights left on this rank."""
+    """What `patch` replaced, (path, class before, class after) for each module; the bytes of weights on this rank."""
 
     model_type: str
     tp_rank: int
@@ -57,7 +57,8 @@ class PatchReport:
         for path, before, after in self.replaced:
             key = (re.sub(r"\.\d+\.", ".*.", path), before, after)
             counts[key] = counts.get(key, 0) + 1
-        lines = [f"{self.model_type}, rank {self.tp_rank} of {self.tp_size}, {self.weight_bytes / 2**20:.1f} MiB of weights"]
+        size = f"{self.weight_bytes / 2**20:.1f} MiB of weights"
+        lines = [f"{self.model_type}, rank {self.tp_rank} of {self.tp_size}, {size}"]
         lines += [f"  {path}: {before} -> {after} ({n})" for (path, before, after), n in counts.items()]
         return "\n".join(lines)
 
@@ -88,12 +89,12 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     """Cuts `model` in place to this rank's part. Every rank calls it, with the same model.
 
     The model may be in memory (its full weights are released as they are cut) or on the meta device (then
-    `load_weights` fills it). Afterwards `print(model)` shows local shapes, and `model.generate()` gives every rank the same
-    tokens. A second call on the same model changes nothing. The patched model is for inference.
+    `load_weights` fills it). Afterwards `print(model)` shows local shapes, and `model.generate()` gives every rank the
+    same tokens. A second call on the same model changes nothing. The patched model is for inference.
 
     Args:
         model: a Hugging Face causal language model of a supported family.
-        group: process group, 1-D DeviceMesh or Communicator; None: the default group, or a single rank where there is none.
+        group: process group, 1-D DeviceMesh or Communicator; None: the default group, without one a single rank.
         plan: how to cut; None: `make_plan(model.config, size of the group)`.
         config: must leave dtype and device alone: the model has them.
 
@@ -111,9 +112,11 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     if dtype not in ITEM_BYTES:
         raise ValueError(f"the model's dtype is {dtype}; supported: {', '.join(ITEM_BYTES)}")
     if config is not None and config.dtype not in ("auto", dtype):
-        raise ValueError(f"dtype={config.dtype!r}, but the model is {dtype}; convert it first: model.to(torch.{config.dtype})")
+        raise ValueError(f"dtype={config.dtype!r}, but the model is {dtype}; call model.to(torch.{config.dtype}) first")
     if config is not None and config.device not in ("auto", comm.device.type):
-        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; move the model, pass its group")
+        raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; pass one of that device")
+    if comm.size > 1 and model.device.type not in ("meta", comm.device.type):
+        raise ValueError(f"the model is on {model.device}, the group on {comm.device}; move the model there first")
     plan = plan or make_plan(model.config, comm.size, dtype=dtype)
     _check_plan(model, plan, comm)
 
@@ -145,7 +148,8 @@ def unpatch(model: nn.Module) -> None:
     """
     state = patch_of(model)
     views = local_views(model)
-    whole = {name: _gather(views[name], state.plan, name, state.comm) for name in state.parameters if not views[name].is_meta}
+    filled = [name for name in state.parameters if not views[name].is_meta]
+    whole = {name: _gather(views[name], state.plan, name, state.comm) for name in filled}
     for parent, name, old in reversed(state.swaps):
         setattr(parent, name, old)
         old.train(model.training)
@@ -168,7 +172,8 @@ def unpatch(model: nn.Module) -> None:
 
 def local_views(model: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of every parameter of a patched model, by Hugging Face's name; views, not copies."""
-    views, ours = {}, []
+    views: dict[str, torch.Tensor] = {}
+    ours: list[str] = []
     for path, module in model.named_modules():
         if hasattr(module, "shards"):
             parent, _, name = path.rpartition(".")
@@ -195,9 +200,9 @@ _OF_THE_RANK = ("_name_or_path", "transformers_version", "dtype")  # config valu
 
 
 def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None) -> dict[str, object]:
-    """What every rank must have been given alike, by the name that an error shows. Of the weights a sample is compared."""
-    hf_config = getattr(model, "config", None)
-    values = json.loads(hf_config.to_json_string(use_diff=False)) if hasattr(hf_config, "to_json_string") else {}
+    """What every rank must have been given alike, by the name that an error shows; of the weights, a sample."""
+    write_config = getattr(getattr(model, "config", None), "to_json_string", None)
+    values = json.loads(write_config(use_diff=False)) if write_config else {}
     samples = [p.detach().flatten()[:: max(1, p.numel() // 64)] for p in model.parameters() if not p.is_meta]
     numbers = torch.cat(samples).float().cpu().numpy().tobytes() if samples else b""
     return {
@@ -215,6 +220,8 @@ def _check_plan(model: nn.Module, plan: Plan, comm: Communicator) -> None:
         raise ValueError(f"the plan is for {plan.tp_size} ranks, the group has {comm.size}")
     if plan.model_type != model.config.model_type:
         raise ValueError(f"the plan is for {plan.model_type!r}, the model is {model.config.model_type!r}")
+    if plan.dtype != (dtype := str(model.dtype).removeprefix("torch.")):
+        raise ValueError(f"the plan is for {plan.dtype} weights, the model's are {dtype}")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     planned = {name: plan.parameter(name).shape for name in plan.names()}
     if wrong := sorted(name for name in shapes.keys() | planned.keys() if shapes.get(name) != planned.get(name)):
@@ -243,8 +250,8 @@ def _fill(model_path: str, new: nn.Module, state: Patch) -> nn.Module:
 
 def _replace_embedding(model: nn.Module, state: Patch) -> None:
     old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
-    vocab = entry.ranges[state.comm.rank][0]
-    new = VocabParallelEmbedding(vocab, *entry.shape, like=old.weight, comm=state.comm)
+    vocab_size, hidden_size = entry.shape
+    new = VocabParallelEmbedding(entry.ranges[state.comm.rank][0], vocab_size, hidden_size, old.weight, state.comm)
     state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
     state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb))
 
@@ -370,12 +377,13 @@ class _AskRankZero(StoppingCriteria):
 
 
 def _refuse_clocks(arguments: dict, default) -> None:
-    for config in (arguments.get("generation_config"), default):
-        if arguments.get("max_time") is not None or getattr(config, "max_time", None) is not None:
-            raise ValueError(
-                "max_time: each rank would stop by its own clock; pass stopping_criteria=[MaxTimeCriteria(seconds)], "
-                "of which rank 0's counts"
-            )
+    configs = (arguments.get("generation_config"), default)
+    limits = [arguments.get("max_time"), *(getattr(config, "max_time", None) for config in configs)]
+    if any(limit is not None for limit in limits):
+        raise ValueError(
+            "max_time: each rank would stop by its own clock; pass stopping_criteria=[MaxTimeCriteria(seconds)], "
+            "of which rank 0's counts"
+        )
 
 
 def _describe(value):
@@ -385,7 +393,7 @@ def _describe(value):
         if value.numel() <= 64:
             return [*about, value.tolist()]
         return [*about, sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, (list, tuple)):
         return [_describe(v) for v in value]

@@ -4,7 +4,7 @@
     top-k      the k largest of each shard: 2k numbers
     otherwise  all logits
 
-Draws use one generator a rank, seeded alike, on candidates that are the same bits on every rank.
+Rank 0 draws among the candidates and tells the others, so that no difference between machines can part them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Sampler:
         lengths: vocabulary entries of each rank.
         temperature, top_k, top_p: as in Hugging Face's generate(), applied in this order; temperature 0 is greedy.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen before; 1 changes nothing.
-        seed: of the draws, or None for a new one; rank 0's counts.
+        seed: of the draws, which rank 0 makes; None for a new one.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Sampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.repetition_penalty = repetition_penalty
         self._generator = torch.Generator()
-        if temperature > 0:
-            seed = self._generator.seed() % 2**63 if seed is None else seed
-            agreed = comm.broadcast(torch.tensor([seed], dtype=torch.int64, device=comm.device))
-            self._generator.manual_seed(int(agreed))
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
 
     def next_tokens(self, logits_shard_v: torch.Tensor, seen: torch.Tensor | None = None) -> list[int]:
         """The next token of each sequence.
@@ -111,10 +111,12 @@ class Sampler:
         if self.temperature == 0:
             return self._candidates(logits, 1)[1][:, 0].tolist()
         values, ids = self._candidates(logits, self.top_k or sum(self.lengths))
-        cumulative = self._probabilities(values).cumsum(-1)
-        point = torch.rand(len(values), 1, generator=self._generator, dtype=torch.float64) * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, point, right=True)
-        return self.comm.broadcast(ids.gather(1, chosen).squeeze(1).to(self.comm.device)).tolist()
+        tokens = torch.empty(len(ids), dtype=torch.int64)
+        if self.comm.rank == 0:
+            cumulative = self._probabilities(values).cumsum(-1)
+            point = torch.rand(len(ids), 1, generator=self._generator, dtype=torch.float64) * cumulative[:, -1:]
+            tokens = ids.gather(1, torch.searchsorted(cumulative, point, right=True)).squeeze(1)
+        return self.comm.broadcast(tokens.to(self.comm.device)).tolist()
 
     def _probabilities(self, values: torch.Tensor) -> torch.Tensor:
         """Weights of the draw for logits [B, k], largest first; 0 behind the token that reaches top_p."""

@@ -31,8 +31,6 @@ def copies(parameter: ParameterPlan, rank: int, source: Source) -> list[Copy]:
     Returns:
         Copies with non-empty slices; none where the rank holds nothing of this tensor.
     """
-    if 0 in parameter.local_shape(rank):
-        return []
     # The box of the full parameter that the stored tensor covers.
     low, high = [0] * len(parameter.shape), list(parameter.shape)
     if source.expert is not None:
