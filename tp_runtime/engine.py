@@ -26,10 +26,10 @@ from .text import TextStream
 
 # Values of generation_config.json that change which tokens come out, and that this engine does not know.
 _UNSUPPORTED = {
-    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "min_p": None, "typical_p": 1.0, "guidance_scale": None,
+    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "min_p": None, "typical_p": 1.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
     "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
-    "sequence_bias": None, "min_length": 0, "min_new_tokens": None,
+    "sequence_bias": None, "min_length": 0, "min_new_tokens": None, "guidance_scale": None,
 }  # fmt: skip
 
 
