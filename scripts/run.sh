@@ -13,7 +13,7 @@ target=${1:-}
 shift || true
 case $target in
   demo)       use run;                  exec "$python" -m tp_runtime.generate "$@" ;;
-  test)       use run test 'notebook?'; exec "$python" -m pytest "$@" ;;
+  test)       use run test 'notebook?' 'bench?'; exec "$python" -m pytest "$@" ;;
   check)      use check;                "$python" -m ruff check "$@"; exec "$python" -m mypy ;;
   bench)      use run bench;            exec "$python" -m pytest bench --benchmark-only "$@" ;;
   train-demo) use run;                  exec "$python" -m scripts.train_demo "$@" ;;

@@ -26,7 +26,7 @@ def run_gloo(fn: Callable, tp_size: int, timeout_s: float = 120.0) -> list:
     with tempfile.TemporaryDirectory() as folder:
         module = Path(inspect.getfile(fn)).stem
         command = [sys.executable, __file__, module, fn.__name__, str(tp_size), folder]
-        environ = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+        environ = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}  # bits as on one thread here
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, f"{fn.__name__} ended with {done.returncode}:\n{done.stderr}"
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(tp_size)]

@@ -3,7 +3,6 @@
 Ranks are threads, except in the last test.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -252,20 +251,19 @@ GLOO_CASES = ["llama-yarn", "qwen2-tied", "mixtral-14/2", "qwen3_moe-dense-first
 
 def load_and_unpatch(comm) -> dict:
     """Each case loaded from files that rank 0 writes, then unpatched."""
-    root = Path(comm.gather_json(tempfile.mkdtemp() if comm.rank == 0 else None)[0])
     got = {}
-    for name in GLOO_CASES:
-        if comm.rank == 0:
-            reference(name).model.save_pretrained(root / name, max_shard_size=SHARDED)
+    with tempfile.TemporaryDirectory() as own:
+        root = Path(comm.gather_json(own)[0])
+        for name in GLOO_CASES:
+            if comm.rank == 0:
+                reference(name).model.save_pretrained(root / name, max_shard_size=SHARDED)
+            comm.barrier()
+            model = tp_runtime.load(root / name)
+            got[name] = answers(model, reference(name).ids)
+            tp_runtime.unpatch(model)
+            state, want = model.state_dict(), reference(name).model.state_dict()
+            got[name, "whole"] = state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)
         comm.barrier()
-        model = tp_runtime.load(root / name)
-        got[name] = answers(model, reference(name).ids)
-        tp_runtime.unpatch(model)
-        state, want = model.state_dict(), reference(name).model.state_dict()
-        got[name, "whole"] = state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(root)
     return got
 
 

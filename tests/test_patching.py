@@ -188,10 +188,8 @@ def assert_about_as_exact(family: str, errors: list[float]) -> None:
 def test_bfloat16_is_about_as_exact_as_on_one_rank(family, tp_size):
     """Catches partial sums that are rounded more than once."""
     in_bfloat16(family)
-    patch = tp_runtime.patch
-    assert_about_as_exact(
-        family, tp_runtime.run_local(lambda comm: rms_error(family, lambda m: patch(m, comm)), tp_size)
-    )
+    errors = tp_runtime.run_local(lambda comm: rms_error(family, lambda m: tp_runtime.patch(m, comm)), tp_size)
+    assert_about_as_exact(family, errors)
 
 
 # Hugging Face's generate()

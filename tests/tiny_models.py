@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -66,6 +67,8 @@ for _type, _scaling in ROPE.items():
         {**_rope, "max_position_embeddings": 8 if _type == "dynamic" else 64},
     )
 
+_BUILDING = threading.Lock()  # Hugging Face builds a model under a default dtype that all threads share
+
 CASES = [*(f"{family}-{heads}/{kv_heads}" for family in FAMILIES for heads, kv_heads in HEADS), *VARIANTS]
 
 
@@ -100,8 +103,8 @@ def tiny(
         "hidden_size": 4 * num_heads,
     }
     config = CONFIG_MAPPING[model_type](**{**sizes, **EXPERT_SIZES.get(model_type, {}), **options})
-    # Hugging Face's default experts take no width that is not a multiple of 16 bytes.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+    with _BUILDING:  # Hugging Face's default experts take no width that is not a multiple of 16 bytes
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
