@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "config completion env heartbeat failure rank "
     "checkpoint_folder safetensors_header model_config preflight plan estimate shard checkpoint "
-    "peer_memory comm overlap layers cache block sampling patching loading verification "
+    "peer_memory comm overlap layers cache block sampling in_step patching loading verification "
     "text engine report launch llm generate"
 ).split()
 # The launcher starts ranks before it knows what they will run: its floor is lower than its place in the list.

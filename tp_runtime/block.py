@@ -27,7 +27,7 @@ class RotaryEmbedding(nn.Module):
     once a forward pass, not once a layer.
 
     Returns:
-        cos and signed sin, [B, S, 1, D] each.
+        cos and signed sin, [B, 1, S, D] each.
     """
 
     def __init__(self, rotary_emb: nn.Module):
@@ -37,7 +37,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.rotary_emb(x, position_ids=position_ids)
         low, high = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(2), torch.cat((-low, high), dim=-1).unsqueeze(2)
+        return cos.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)
 
 
 class ParallelAttention(nn.Module):
@@ -56,9 +56,9 @@ class ParallelAttention(nn.Module):
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         self.sliding_window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
         self._eager = sys.modules[type(attention).__module__].eager_attention_forward
-        self._num_qk_heads = heads.num_heads + heads.num_kv_heads
-        self._qk_features = self._num_qk_heads * self.head_dim
-        self._split = [heads.num_heads, heads.num_kv_heads]
+        self._split_q_k = [heads.num_heads, heads.num_kv_heads]
+        self._split_qk_v = [heads.num_heads + heads.num_kv_heads, heads.num_kv_heads]
+        self._num_qkv_heads, self._half = sum(self._split_qk_v), self.head_dim // 2
         groups, rest = divmod(heads.num_heads, heads.num_kv_heads)
         is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
         self.num_key_value_groups = groups if is_even else 1
@@ -78,16 +78,15 @@ class ParallelAttention(nn.Module):
         Returns:
             [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
         """
-        shape = hidden_states.shape[:-1]
-        qkv = self.qkv_proj(hidden_states)
-        qk = qkv[..., : self._qk_features].view(*shape, self._num_qk_heads, self.head_dim)
-        v = qkv[..., self._qk_features :].view(*shape, self.num_kv_heads_local, self.head_dim).transpose(1, 2)
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
+        qk, v = torch.split_with_sizes(qkv, self._split_qk_v, 1)
         if self.has_qk_norm:
-            q, k = qk.split(self._split, dim=-2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+            q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         cos, signed_sin = position_embeddings
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), signed_sin)
-        q, k = qk.transpose(1, 2).split(self._split, dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
+        q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if self._queries_of_kv:
@@ -95,7 +94,7 @@ class ParallelAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
         options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
         y, _ = attend(self, q, k, v, attention_mask, **options)
-        return self.o_proj(y.reshape(*shape, -1)), None
+        return self.o_proj(y.reshape(batch, length, -1)), None
 
     def _one_for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
         """[B, H_kv, S, D] -> [B, H_q, S, D], without an index tensor, which would have to travel to the GPU."""
@@ -115,5 +114,5 @@ class ParallelMLP(nn.Module):
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate).mul_(up))

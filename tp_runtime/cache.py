@@ -20,22 +20,31 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self._key_room = self._value_room = torch.empty(0)
+        self._last_keys: torch.Tensor | None = None  # the view that `update` left in `keys`
 
     def update(self, key_states, value_states, *args, **kwargs):
+        new = key_states.shape[-2]
+        # Another tensor than ours is where Hugging Face's methods put one: after a reordering, a repetition, a reset.
+        is_ours = self._last_keys is not None and self.keys is self._last_keys
+        held = self.keys.shape[-2] if is_ours else self._move_in(key_states, value_states)
+        if held + new > self.capacity:
+            self.capacity = max(held + new, 2 * self.capacity)
+            self._move_in(key_states, value_states)
+        self._key_room.narrow(2, held, new).copy_(key_states)
+        self._value_room.narrow(2, held, new).copy_(value_states)
+        self.keys = self._last_keys = self._key_room.narrow(2, 0, held + new)
+        self.values = self._value_room.narrow(2, 0, held + new)
+        return self.keys, self.values
+
+    def _move_in(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
+        """Makes room for `capacity` tokens, with what is held at its beginning; returns how many tokens that is."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
-        total = held + key_states.shape[-2]
-        # Keys lie outside the room where Hugging Face's methods put them: after a reordering, a repetition, a reset.
-        if not held or total > self.capacity or self.keys.data_ptr() != self._key_room.data_ptr():
-            if total > self.capacity:
-                self.capacity = max(total, 2 * self.capacity)
-            self._key_room = self._roomy(self.keys if held else None, key_states)
-            self._value_room = self._roomy(self.values if held else None, value_states)
-        self._key_room[:, :, held:total] = key_states
-        self._value_room[:, :, held:total] = value_states
-        self.keys, self.values = self._key_room[:, :, :total], self._value_room[:, :, :total]
-        return self.keys, self.values
+        self.capacity = max(self.capacity, held)
+        self._key_room = self._roomy(self.keys if held else None, key_states)
+        self._value_room = self._roomy(self.values if held else None, value_states)
+        return held
 
     def _roomy(self, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """Room for `capacity` tokens like `new`, with `old` at its beginning."""

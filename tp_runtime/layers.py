@@ -44,10 +44,11 @@ class ColumnParallelLinear(nn.Module):
         self.out_features_local = sum(parts.values())
         self.in_features = in_features
         self.weight = _parameter(self.out_features_local, in_features, like=like)
-        self.bias = _parameter(self.out_features_local, like=like) if bias else None
+        self.register_parameter("bias", _parameter(self.out_features_local, like=like) if bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gemm(x, self.weight, self.bias)
+        p = self._parameters  # nn.Module finds `self.weight` only after looking everywhere else
+        return gemm(x, p["weight"], p["bias"])
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         names, sizes = list(self.parts), list(self.parts.values())
@@ -78,10 +79,11 @@ class RowParallelLinear(nn.Module):
         self.comm = comm
         self.in_features_local, self.out_features = in_features_local, out_features
         self.weight = _parameter(out_features, in_features_local, like=like)
-        self.bias = _parameter(out_features, like=like) if bias else None
+        self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 
     def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
-        return row_parallel(x_shard_k, self.weight, self.bias, self.comm)
+        p = self._parameters
+        return row_parallel(x_shard_k, p["weight"], p["bias"], self.comm)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         views = {f"{name}.weight": self.weight.detach()}
@@ -241,7 +243,7 @@ class RMSNorm(nn.Module):
         self._shape = (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self._shape, self.weight, self.eps)
+        return torch.rms_norm(x, self._shape, self._parameters["weight"], self.eps)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.weight.detach()}

@@ -12,21 +12,18 @@ The rest of the model is Hugging Face's: its forward pass, its masks, its caches
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
 from torch import nn
-from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .block import ParallelAttention, ParallelMLP, RotaryEmbedding
 from .comm import Communicator, communicator
 from .config import RuntimeConfig
+from .in_step import generate_in_step
 from .layers import (
     MergedColumnParallelLinear,
     ParallelExperts,
@@ -38,7 +35,6 @@ from .layers import (
 )
 from .models.adapter import Source, adapter_for
 from .plan import ITEM_BYTES, Plan, make_plan
-from .sampling import draw_in_step
 from .shard import copies
 
 
@@ -133,7 +129,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     )
     object.__setattr__(model, "_tp_runtime", state)
     state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
-    model.generate = _in_step(model, comm)
+    model.generate = generate_in_step(model, comm)
+    model.generate_batch = _refuse_continuous_batching
     model.save_pretrained = _refuse_to_save
     # A static cache may be made before the first token, for all heads; without this answer it waits and takes ours.
     model._get_static_cache_init_shape = lambda: None
@@ -167,7 +164,13 @@ def unpatch(model: nn.Module) -> None:
                 setattr(module, attribute, new)
     for hook in state.hooks:
         hook.remove()
-    del model.generate, model.save_pretrained, model._get_static_cache_init_shape, model._tp_runtime
+    del (
+        model.generate,
+        model.generate_batch,
+        model.save_pretrained,
+        model._get_static_cache_init_shape,
+        model._tp_runtime,
+    )
 
 
 def local_views(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -335,70 +338,9 @@ def _refuse_what_is_cut(model: nn.Module, args, kwargs) -> None:
         raise ValueError("attention maps are cut across ranks by heads; unpatch the model to read them")
 
 
+def _refuse_continuous_batching(*args, **kwargs):
+    raise ValueError("continuous batching keeps a cache of its own, for all heads; use model.generate()")
+
+
 def _refuse_to_save(*args, **kwargs):
     raise ValueError("a patched model holds one rank's part; unpatch(model) before save_pretrained()")
-
-
-def _in_step(model: nn.Module, comm: Communicator) -> Callable:
-    """Hugging Face's generate(), checked to be called alike on every rank; drawing and stopping alike on every rank."""
-    generate = model.generate
-    signature = inspect.signature(generate)
-
-    @functools.wraps(generate)
-    def generate_in_step(*args, **kwargs):
-        if comm.size == 1:
-            return generate(*args, **kwargs)
-        arguments = signature.bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
-        fields = {**arguments, "model.generation_config": model.generation_config}
-        comm.check_agreement({name: text for name, value in fields.items() if (text := _describe(value)) is not None})
-        _refuse_clocks(arguments, model.generation_config)
-        if criteria := arguments.get("stopping_criteria"):
-            told = [c if isinstance(c, _OF_TOKENS) else _AskRankZero(c, comm) for c in criteria]
-            arguments["stopping_criteria"] = StoppingCriteriaList(told)
-        with draw_in_step(comm):
-            return generate(**arguments)
-
-    return generate_in_step
-
-
-_OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)  # they say the same on every rank
-
-
-class _AskRankZero(StoppingCriteria):
-    """Rank 0's answer, on every rank: a clock or a caller's own criterion may see something else on each."""
-
-    def __init__(self, criterion: Callable, comm: Communicator):
-        self.criterion, self.comm = criterion, comm
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        done = torch.as_tensor(self.criterion(input_ids, scores, **kwargs), device=input_ids.device)
-        return self.comm.broadcast(done.to(torch.uint8)).bool()
-
-
-def _refuse_clocks(arguments: dict, default) -> None:
-    configs = (arguments.get("generation_config"), default)
-    limits = [arguments.get("max_time"), *(getattr(config, "max_time", None) for config in configs)]
-    if any(limit is not None for limit in limits):
-        raise ValueError(
-            "max_time: each rank would stop by its own clock; pass stopping_criteria=[MaxTimeCriteria(seconds)], "
-            "of which rank 0's counts"
-        )
-
-
-def _describe(value):
-    """A JSON-able stand-in by which two ranks' arguments can be compared; None for what is a rank's own business."""
-    if isinstance(value, torch.Tensor):
-        about = [str(value.dtype), list(value.shape)]
-        if value.numel() <= 64:
-            return [*about, value.tolist()]
-        return [*about, sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()]
-    if isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return [_describe(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _describe(v) for k, v in value.items()}
-    if hasattr(value, "to_diff_dict"):  # GenerationConfig
-        return _describe(value.to_diff_dict())
-    return None
