@@ -199,6 +199,8 @@ def run_rank(comm, run: Run) -> None:
             bar.update(num_bytes)
 
         model = load_checkpoint(run.checkpoint, comm, run.config.dtype, on_read)
+    if comm.rank == 0:
+        _tell_unused(run.checkpoint)
     comm.barrier()
     load_s = time.perf_counter() - started
 
@@ -210,6 +212,12 @@ def run_rank(comm, run: Run) -> None:
     ranks = comm.gather_json({"peak_memory_bytes": comm.peak_memory_bytes(), "collective_s": comm.collective_s})
     if comm.rank == 0:
         _tell(run, completions, timing, load_s, ranks, comm.device_name())
+
+
+def _tell_unused(checkpoint: Checkpoint) -> None:
+    """One line where the files hold more than the model takes; old Llama files hold rotary frequencies, not needed."""
+    if names := [name for name in checkpoint.unused if not name.endswith("rotary_emb.inv_freq")]:
+        print(f"tp_runtime: {len(names)} tensors of the checkpoint are not used, first {names[0]}", file=sys.stderr)
 
 
 def _what_must_agree(run: Run) -> dict[str, object]:

@@ -18,6 +18,7 @@ Whatever happens, `launch` returns with every rank gone and with one exit code:
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import select
@@ -83,7 +84,7 @@ def launch(
     with _Events(parent_fd) as events:
         if preload is not None:
             # Importing, there is nothing to tidy up yet, and an exception may well be swallowed by what is imported.
-            with events.answered_by(lambda signum: os._exit(_interrupted(signum, say))):
+            with events.answered_by(lambda signum: os._exit(_interrupted(signum, say))), _without_collection():
                 preload()
         with tempfile.TemporaryDirectory(prefix="tp_runtime-", ignore_cleanup_errors=True) as folder:  # mode 0700
             ranks = _Ranks(tp_size, Path(folder), events)
@@ -107,6 +108,18 @@ def _set_environment(tp_size: int) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection: while 2500 modules are imported it finds nothing, and takes 0.5 of 2.3 seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Events:
