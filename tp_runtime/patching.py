@@ -199,7 +199,8 @@ def patch_of(model: nn.Module) -> Patch:
     return state
 
 
-_OF_THE_RANK = ("_name_or_path", "transformers_version", "dtype")  # config values; the model's own dtype is what counts
+# Config values that differ between equal models: `save_pretrained` sets `architectures`; the model has its own dtype.
+_OF_THE_RANK = ("_name_or_path", "architectures", "transformers_version", "dtype")
 
 
 def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None) -> dict[str, object]:
