@@ -139,6 +139,16 @@ def test_links_of_the_hub_cache_are_followed(tmp_path, shared):
     assert {entry.file.parent for entry in checkpoint.tensors.values()} == {(store if shared else blobs).resolve()}
 
 
+def least_cpu_seconds(work) -> float:
+    """Of this thread, the least of three runs: a garbage collection of the whole suite's objects falls into one."""
+    seconds = []
+    for _ in range(3):
+        start = time.thread_time()
+        work()
+        seconds.append(time.thread_time() - start)
+    return min(seconds)
+
+
 def test_a_large_checkpoint_takes_milliseconds(tmp_path):
     """Catches mapped or read data, and work per tensor that grows: 30 shards of 140 GB, 723 tensors, sparse on disk."""
     config = {**CONFIG, "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
@@ -155,9 +165,8 @@ def test_a_large_checkpoint_takes_milliseconds(tmp_path):
         pytest.skip("this file system has no sparse files of gigabytes")
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    start = time.process_time()
+    assert least_cpu_seconds(lambda: check_checkpoint(tmp_path)) < 0.25  # 0.02 s when the machine is idle
     assert len(check_checkpoint(tmp_path).tensors) == 723
-    assert time.process_time() - start < 0.25  # 0.02 s when the machine is idle
 
 
 # -- the fault board --------------------------------------------------------------------------------------------------
@@ -409,9 +418,8 @@ def test_each_fault_gives_one_line_in_half_a_second(tmp_path, fault):
     folder = write_checkpoint(tmp_path / "model", LLAMA)
     break_it, *parts = FAULTS[fault]
     break_it(folder)
-    start = time.process_time()
     message = refusal(folder)
-    assert time.process_time() - start < 0.5
+    assert least_cpu_seconds(lambda: refusal(folder)) < 0.5
     assert [part for part in parts if part not in message] == [], message
     assert str(folder) in message
 
@@ -464,9 +472,7 @@ def test_header_bombs_cost_little(tmp_path, bomb):
     """C8. Catches a header or index that is read or parsed before its size is compared with what the model needs."""
     folder = write_checkpoint(tmp_path, LLAMA)
     bomb(folder / SHARD_2)
-    start = time.process_time()
-    refusal(folder)
-    seconds = time.process_time() - start
+    seconds = least_cpu_seconds(lambda: refusal(folder))
     tracemalloc.start()
     refusal(folder)
     _, peak_bytes = tracemalloc.get_traced_memory()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .comm import Communicator
+from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
 from .overlap import row_parallel
 from .plan import Range
@@ -65,6 +66,11 @@ class ColumnParallelLinear(nn.Module):
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
     """gate and up, stacked in this order: [2 * I_r, H]."""
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(x @ w_gate.T) * (x @ w_up.T), [..., I_r], in one pass over x; see `gated_gemm`."""
+        p = self._parameters
+        return gated_gemm(x, p["weight"], None, p["bias"], activation)
 
 
 class QKVParallelLinear(ColumnParallelLinear):

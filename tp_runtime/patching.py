@@ -281,7 +281,8 @@ def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) 
     else:
         gate_up_proj = _columns(MergedColumnParallelLinear, state, f"{path}.mlp", ("gate_proj", "up_proj"), like)
         down_proj = _rows(state, f"{path}.mlp.down_proj", like)
-        state.swap(model, f"{path}.mlp", ParallelMLP(gate_up_proj, down_proj, layer.mlp.act_fn))
+        new = ParallelMLP(gate_up_proj, down_proj, model.config.hidden_act, layer.mlp.act_fn)
+        state.swap(model, f"{path}.mlp", new)
 
 
 def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.Tensor) -> nn.Module:
