@@ -1,0 +1,118 @@
+"""The all-reduce kernels among real processes: interpreted, over shared memory, whoever is late."""
+
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_ranks import run_gloo
+from interpreted import interpreted
+
+from tp_runtime.kernels import all_reduce as compiled
+
+all_reduce = interpreted("all_reduce")
+HALF_BYTES = 4096
+KINDS = ("one-shot", "two-shot", "rms_norm")
+
+
+def shared_peers(comm, folder: Path):
+    """Peers over files that every rank maps; returns them and the mappings, which must stay alive."""
+
+    def table(name: str, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        maps = [torch.from_file(str(folder / f"{name}{r}"), True, count, dtype=dtype) for r in range(comm.size)]
+        return torch.tensor([m.data_ptr() for m in maps]), maps
+
+    buffers, data = table("buffer", 2 * HALF_BYTES, torch.uint8)
+    signals, flags = table("signals", all_reduce.PROGRAMS * comm.size, torch.int32)
+    calls = torch.zeros(all_reduce.PROGRAMS, dtype=torch.int32)
+    return all_reduce.Peers(buffers, signals, calls, HALF_BYTES, comm.rank, comm.size), data + flags
+
+
+def hundreds_of_calls(comm):
+    """Kinds, sizes and dtypes at random, ranks delayed at random; returns what differed from the reference."""
+    all_reduce.PROGRAMS, all_reduce.BLOCK = 2, 64
+    with tempfile.TemporaryDirectory() as mine:
+        folder = Path(comm.gather_json(mine)[0])
+        peers, _alive = shared_peers(comm, folder)
+        comm.barrier()
+        late, shared = random.Random(comm.rank), random.Random(0)
+        wrong = []
+        for call in range(200):
+            kind, dtype = shared.choice(KINDS), shared.choice([torch.float32, torch.float16])
+            rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (5, 45), (1, 500)])
+            torch.manual_seed(call)
+            parts = [torch.randn(rows, features).to(dtype) for _ in range(comm.size)]
+            residual, weight, bias = torch.randn(rows, features).to(dtype), torch.rand(features).to(dtype), None
+            if shared.random() < 0.5:
+                bias = torch.randn(features).to(dtype)
+            if late.random() < 0.05:
+                time.sleep(late.random() * 0.01)
+            x = parts[comm.rank].clone()
+            if kind == "rms_norm":
+                z, h = all_reduce.all_reduce_rms_norm(x, residual, weight, 1e-5, peers, bias)
+                want_z, want_h = all_reduce.all_reduce_rms_norm_ref(parts, residual, weight, 1e-5, bias)
+                # The mean is summed in another order than torch's: z may be one rounding away, h may not.
+                ok = torch.equal(h, want_h) and torch.allclose(z, want_z, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            else:
+                out = torch.full_like(x, float("nan"))
+                all_reduce.all_reduce(x, peers, kind == "two-shot", out)
+                ok = torch.equal(out, all_reduce.all_reduce_ref(parts)) and torch.equal(x, parts[comm.rank])
+            if not ok:
+                wrong.append((call, kind, str(dtype), rows, features))
+        comm.barrier()
+    return wrong, int(peers.calls.min()), int(peers.calls.max())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_hundreds_of_calls_with_late_ranks(size):
+    """Catches a part read before it was written, overwritten before it was read, a lost signal, a sum in another order."""
+    for wrong, least, most in run_gloo(hundreds_of_calls, size):
+        assert wrong == [] and least == most == 200
+
+
+def alone(size: int = 1):
+    """Peers of a group whose other ranks have arrived and hold zeros."""
+    buffers = [torch.zeros(2 * HALF_BYTES, dtype=torch.uint8) for _ in range(size)]
+    arrived = torch.full((all_reduce.PROGRAMS * size,), 2**30, dtype=torch.int32)
+    table = torch.tensor([b.data_ptr() for b in buffers])
+    signals = torch.tensor([arrived.data_ptr()] * size)
+    calls = torch.zeros(all_reduce.PROGRAMS, dtype=torch.int32)
+    return all_reduce.Peers(table, signals, calls, HALF_BYTES, 0, size), (buffers, arrived)
+
+
+def test_numbers_wrap_around():
+    """Catches a server that hangs after 2^31 barriers: signals are compared by difference."""
+    peers, (_, arrived) = alone()
+    peers.calls.fill_(2**30 - 1)  # barrier numbers 2^31 - 1 and, wrapped, -2^31
+    arrived.fill_(2**31 - 2)
+    x = torch.randn(70)
+    for two_shot in (False, True):
+        assert torch.equal(all_reduce.all_reduce(x, peers, two_shot), x)
+    assert peers.calls.tolist() == [2**30 + 1] * all_reduce.PROGRAMS
+
+
+def test_in_place_and_empty():
+    """Catches an output that is read as input, and a launch for nothing."""
+    peers, _alive = alone(2)
+    x = torch.randn(3, 45)
+    want = x.clone()
+    assert all_reduce.all_reduce(x, peers, out=x) is x and torch.equal(x, want)
+    assert all_reduce.all_reduce(x[:0], peers).shape == (0, 45) and int(peers.calls[0]) == 1
+    z, h = all_reduce.all_reduce_rms_norm(x[:0], x[:0], torch.ones(45), 1e-5, peers)
+    assert z.shape == h.shape == (0, 45)
+
+
+def test_bad_input():
+    """Catches a message past the buffers, and strides that the kernel does not know."""
+    peers, _alive = alone()
+    x, weight = torch.randn(4, 64), torch.ones(64)
+    with pytest.raises(ValueError, match="not contiguous"):
+        compiled.all_reduce(x.T, peers)
+    with pytest.raises(ValueError, match=r"x has 8192 bytes, the peers' buffers hold 4096"):
+        compiled.all_reduce(torch.randn(2048), peers)
+    with pytest.raises(ValueError, match="residual is"):
+        compiled.all_reduce_rms_norm(x, x[:2], weight, 1e-5, peers)
+    with pytest.raises(ValueError, match="bias is"):
+        compiled.all_reduce_rms_norm(x, x, weight, 1e-5, peers, weight[:3])
