@@ -67,7 +67,7 @@ def hundreds_of_calls(comm):
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_hundreds_of_calls_with_late_ranks(size):
-    """Catches a part read before it was written, overwritten before it was read, a lost signal, a sum in another order."""
+    """Catches a part read too early or overwritten too early, a lost signal, a sum in another order."""
     for wrong, least, most in run_gloo(hundreds_of_calls, size):
         assert wrong == [] and least == most == 200
 
