@@ -5,19 +5,19 @@
     one-shot, fused with what follows in a decoder layer:
         h = residual + (y + bias);  z = h / sqrt(mean(h^2) + eps) * weight
 
-Sums are taken in rank order in fp32 and rounded once, and so are the same on every rank. For large tensors NCCL wins; where
-the limits lie has not been measured yet (bench/results/not_measured.md).
+Sums are taken in rank order in fp32 and rounded once, and so are the same on every rank. For large tensors NCCL wins;
+where the limits lie has not been measured yet (bench/results/not_measured.md).
 
-The barrier. A group launches every kernel with PROGRAMS programs and counts calls on the device, so that a CUDA graph can
-repeat a call. Programs of one number meet across ranks; different numbers of one rank never do. `x` of each rank goes into
-half `calls % 2` of its buffer:
+The barrier. A group launches every kernel with PROGRAMS programs and counts calls on the device, so that a CUDA graph
+can repeat a call. Programs of one number meet across ranks; different numbers of one rank never do. `x` of each rank
+goes into half `calls % 2` of its buffer:
 
     rank 0, program p   copy x to A0 | signal, wait | read A0 A1 || copy to B0 | signal, wait | read B0 B1 || ...
     rank 1, program p   copy x to A1 | signal, wait | read A0 A1 || copy to B1 | signal, wait | read B0 B1 || ...
 
-Half A is written again at the third call. The writer has then passed the barrier of the second with at least program 0 of
-every peer, and a peer starts its second call when all programs of its first have ended (they are on one stream). So a
-second barrier, for "all have read", is never needed, whatever part of the data a program had in each call.
+Half A is written again at the third call. The writer has then passed the barrier of the second with at least program
+0 of every peer, and a peer starts its second call when all programs of its first have ended (they are on one stream).
+So a second barrier, for "all have read", is never needed, whatever part of the data a program had in each call.
 
 What must hold:
 
@@ -26,7 +26,8 @@ What must hold:
   3. a signal carries the number of its barrier and waiting is for "at least": an early peer is not lost;
   4. a program's stores come before its signal (release), its peers' stores after the wait (acquire), system-wide.
 
-Sources: the two algorithms are those of the custom all-reduce of TensorRT-LLM and of vLLM, as are buffers used in turn.
+Sources: the two algorithms are those of the custom all-reduce of TensorRT-LLM and of vLLM, as are buffers used in
+turn.
 """
 
 from __future__ import annotations
