@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tp_runtime.comm import NullCommunicator
-from tp_runtime.layers import ColumnParallelLinear, ParallelExperts, RowParallelLinear, VocabParallelEmbedding
+from tp_runtime.experts import ParallelExperts
+from tp_runtime.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 NUM_COPIES = 8
 SIDES = ("torch", "ours")
@@ -110,7 +111,7 @@ def test_experts(benchmark, shape, num_tokens, side):
     sizes = {"num_experts": num_experts, "moe_intermediate_size": width, "hidden_size": hidden}
     config = AutoConfig.for_model("qwen3_moe", **sizes, num_experts_per_tok=top_k, experts_implementation="eager")
     theirs = Qwen3MoeExperts(config).to(torch.bfloat16)
-    ours = ParallelExperts(num_experts, width, hidden, F.silu, like, NullCommunicator(0, 8))
+    ours = ParallelExperts(num_experts, width, hidden, "silu", like, NullCommunicator(0, 8))
     for name in ("gate_up_proj", "down_proj"):
         getattr(ours, name).data = getattr(theirs, name).data.uniform_(-0.05, 0.05)
 

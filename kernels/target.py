@@ -1,4 +1,4 @@
-"""What the kernels are compiled for and launched on: the architecture, its multiprocessors, how launches follow each other."""
+"""What kernels are compiled for and launched on: the architecture, multiprocessors, how launches follow each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _arch(device: int) -> int:
 
 
 def arch() -> int:
-    """The compute capability that Triton compiles for now, as 10 * major + minor: 90 on a H200; 0 in the interpreter."""
+    """The compute capability that Triton compiles for now, 10 * major + minor: 90 on a H200; 0 in the interpreter."""
     return 0 if INTERPRETED else _arch(driver.active.get_current_device())
 
 
@@ -45,12 +45,12 @@ def num_sms(device: torch.device) -> int:
 def has_pdl() -> bool:
     """Whether launches may overlap by programmatic dependent launch: from sm_90 on; below, its PTX does not assemble.
 
-    A kernel that is launched with `**launch_options()` may start while the kernel before it in the stream still runs. So it
-    calls `gdc_wait`, on every path and before any loop, before it reads anything that a kernel may have written and before
-    it writes anything at all: outputs, workspaces and counters alike, as the kernel before may still use them. The wait
-    returns when the kernel before has completed, and with it, because it has waited too, all before that one. What may
-    stand before the wait is index arithmetic and `prefetch_l2`, which is right even for memory that is being written.
-    (Triton moves pipelined loads above a `gdc_wait` that stands inside their loop: triton-lang/triton#11905.)
+    A kernel that is launched with `**launch_options()` may start while the kernel before it in the stream still runs.
+    So it calls `gdc_wait`, on every path and before any loop, before it reads anything that a kernel may have written
+    and before it writes anything at all: outputs, workspaces and counters alike, as the kernel before may still use
+    them. The wait returns when the kernel before has completed, and with it, because it has waited too, all before that
+    one. What may stand before the wait is index arithmetic and `prefetch_l2`, which is right even for memory that is
+    being written. (Triton moves pipelined loads above a wait inside their loop: triton-lang/triton#11905.)
     """
     return arch() >= 90
 

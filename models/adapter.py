@@ -4,11 +4,12 @@ A weight's shape is written in letters. Some letters can be cut across ranks; ev
 is cut by the same partition of it, so that a column-parallel layer's outputs are the inputs of the row-parallel layer
 after it:
 
-    vocab       vocabulary                  q    query heads * head size
-    ffn         dense intermediate size     kv   key/value heads * head size
-    expert_ffn  expert intermediate size    2*expert_ffn  gate and up, stacked in this order
+    vocab       vocabulary                      q    query heads * head size
+    ffn         dense intermediate size         kv   key/value heads * head size
+    expert_ffn  expert intermediate size        2*expert_ffn  gate and up, stacked in this order
+    shared_ffn  shared expert's intermediate size
 
-The letters `hidden`, `head_dim` and `experts` are never cut.
+The letters `hidden`, `head_dim`, `experts` and `one` are never cut.
 
 This file imports nothing: pre-flight checks and plans are made from it without torch and without transformers.
 """
@@ -19,9 +20,10 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-
-CUT_LETTERS = ("vocab", "q", "kv", "ffn", "expert_ffn")
+FAMILIES = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+    *("qwen2_moe", "olmoe", "granitemoe", "llama4_text"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How the tokens of a sparse layer choose their experts, and what its block has beside them.
+
+    Args:
+        scoring: what the weights of the chosen experts are, in the words of `kernels/routing.py`.
+        is_rounded: whether the weights are rounded to the model's dtype; else they stay float32.
+        weigh_input: whether an expert's input is multiplied by the weight, instead of its output.
+        router: the router's name in the block.
+        shared: name of the expert in the block that every token takes; empty where there is none.
+        shared_gate: name of the linear layer whose sigmoid multiplies the shared expert's output; empty: none.
+        returns_logits: whether the block returns a pair, its output and the router's logits.
+    """
+
+    scoring: str = "softmax"
+    is_rounded: bool = True
+    weigh_input: bool = False
+    router: str = "gate"
+    shared: str = ""
+    shared_gate: str = ""
+    returns_logits: bool = False
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A model family.
 
@@ -87,7 +112,20 @@ class Adapter:
         defaults: config values that config.json may leave out (the config class's own defaults).
         flags: which optional weights the family has: always (True), or as the named config value says. A flag that is
             not listed is false.
-        expert_width: config value that holds the experts' intermediate size.
+            Beside weights: `renormalised`, whether the weights of a token's experts are made to sum to 1; `windowed`,
+            whether the attention function is told the config's sliding window.
+        widths: the config value that holds the size of each letter of an intermediate size.
+        feed_forward: name of the feed-forward block in a decoder layer.
+        routing: how its sparse layers choose experts.
+        sparse_step: config value n: every n-th layer is sparse, in a family that has both kinds.
+        dense_layers: config value that lists layers which are dense nevertheless.
+        sparse_layers_list: config value that, where it is given, lists the sparse layers instead.
+        rope: which elements of a head the rotary embedding turns together: `halves`, i and i + D / 2, or `pairs`, 2i
+            and 2i + 1.
+        layer_types: what the config may call its layers.
+        logits_scaling: the config value that the model divides `lm_head`'s output by, where there is one.
+        prefix: what a tensor's name may begin with on disk, where the checkpoint holds other models too.
+        module: folder of transformers that the family's code lies in, where it is not the model type.
         on_disk: where published checkpoints use other names or shapes than the live model: suffix of a parameter name
             -> suffixes of the tensors on disk, `{e}` standing for the expert; several are stacked along the rows.
     """
@@ -96,7 +134,17 @@ class Adapter:
     weights: tuple[Weight, ...]
     defaults: Mapping[str, object] = field(default_factory=dict)
     flags: Mapping[str, bool | str] = field(default_factory=dict)
-    expert_width: str = "intermediate_size"
+    widths: Mapping[str, str] = field(default_factory=dict)
+    feed_forward: str = "mlp"
+    routing: Routing = Routing()
+    sparse_step: str = "decoder_sparse_step"
+    dense_layers: str = "mlp_only_layers"
+    sparse_layers_list: str = ""
+    rope: str = "halves"
+    layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
+    logits_scaling: str = ""
+    prefix: str = ""
+    module: str = ""
     on_disk: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def resolve(self, config: Mapping) -> dict:
@@ -125,11 +173,14 @@ class Adapter:
             "head_dim": c["head_dim"],
             "q": c["num_attention_heads"] * c["head_dim"],
             "kv": c["num_key_value_heads"] * c["head_dim"],
-            "ffn": c["intermediate_size"],
+            "one": 1,
         }
         if self._has("sparse"):
             sizes["experts"] = c["num_local_experts"]
-            sizes["expert_ffn"] = c[self.expert_width]
+        for letter in ("ffn", "expert_ffn", "shared_ffn"):
+            if any(letter in w.shape for w in self.weights):
+                sizes[letter] = c[self.widths.get(letter, "intermediate_size")]
+        if "expert_ffn" in sizes:
             sizes["2*expert_ffn"] = 2 * sizes["expert_ffn"]
         return sizes
 
@@ -141,7 +192,9 @@ class Adapter:
             return tuple(every)
         if not self._has("sparse") or not c["num_local_experts"]:
             return ()
-        step, dense = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers") or ())
+        if (listed := c.get(self.sparse_layers_list)) is not None:
+            return tuple(i for i in every if i in set(listed))
+        step, dense = c.get(self.sparse_step, 1), set(c.get(self.dense_layers) or ())
         return tuple(i for i in every if i not in dense and (i + 1) % step == 0)
 
     def _has(self, layers: str) -> bool:
@@ -171,14 +224,12 @@ class Adapter:
             present: every tensor of the checkpoint, name -> shape.
         """
         if name in present:
-            swapped = (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
-            is_transposed = swapped != shape and tuple(present[name]) == swapped
-            return (Source(name, swapped if is_transposed else shape, transposed=is_transposed),)
+            return (_whole(name, shape, present),)
         for suffix, stored in self.on_disk.items():
             if name.endswith(suffix):
                 prefix = name.removesuffix(suffix)
                 if "{e}" not in stored[0]:
-                    return tuple(Source(prefix + s, shape) for s in stored)
+                    return (_whole(prefix + stored[0], shape, present),)
                 num_experts, rows, columns = shape
                 rows //= len(stored)
                 return tuple(
@@ -187,6 +238,13 @@ class Adapter:
                     for i, s in enumerate(stored)
                 )
         return (Source(name, shape),)
+
+
+def _whole(name: str, shape: tuple[int, ...], present: Mapping[str, tuple[int, ...]]) -> Source:
+    """The source of a parameter that lies in one tensor; packed experts may have their last two dimensions swapped."""
+    swapped = (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
+    is_transposed = swapped != shape and tuple(present.get(name, ())) == swapped
+    return Source(name, swapped if is_transposed else shape, transposed=is_transposed)
 
 
 def adapter_for(model_type: str) -> Adapter:
@@ -215,25 +273,44 @@ ATTENTION = (
     Weight("model.layers.*.self_attn.v_proj.bias", "colwise", ("kv",), when="qkv_bias"),
     Weight("model.layers.*.self_attn.q_norm.weight", "replicate", ("head_dim",), when="qk_norm"),
     Weight("model.layers.*.self_attn.k_norm.weight", "replicate", ("head_dim",), when="qk_norm"),
+    # Over all heads at once: a mean of which each rank has a part.
+    Weight("model.layers.*.self_attn.q_norm.weight", "colwise", ("q",), when="wide_qk_norm"),
+    Weight("model.layers.*.self_attn.k_norm.weight", "colwise", ("kv",), when="wide_qk_norm"),
     Weight("model.layers.*.self_attn.o_proj.weight", "rowwise", ("hidden", "q")),
     Weight("model.layers.*.self_attn.o_proj.bias", "replicate", ("hidden",), when="o_bias"),
     Weight("model.layers.*.post_attention_layernorm.weight", "replicate", ("hidden",)),
 )
-GATED_FFN = (
-    Weight("model.layers.*.mlp.gate_proj.weight", "colwise", ("ffn", "hidden"), layers="dense"),
-    Weight("model.layers.*.mlp.gate_proj.bias", "colwise", ("ffn",), when="mlp_bias", layers="dense"),
-    Weight("model.layers.*.mlp.up_proj.weight", "colwise", ("ffn", "hidden"), layers="dense"),
-    Weight("model.layers.*.mlp.up_proj.bias", "colwise", ("ffn",), when="mlp_bias", layers="dense"),
-    Weight("model.layers.*.mlp.down_proj.weight", "rowwise", ("hidden", "ffn"), layers="dense"),
-    Weight("model.layers.*.mlp.down_proj.bias", "replicate", ("hidden",), when="mlp_bias", layers="dense"),
-)
-EXPERTS = (
-    Weight("model.layers.*.mlp.gate.weight", "replicate", ("experts", "hidden"), layers="sparse"),
-    Weight(
-        "model.layers.*.mlp.experts.gate_up_proj",
-        "packed_colwise",
-        ("experts", "2*expert_ffn", "hidden"),
-        layers="sparse",
-    ),
-    Weight("model.layers.*.mlp.experts.down_proj", "rowwise", ("experts", "hidden", "expert_ffn"), layers="sparse"),
-)
+
+
+def gated_ffn(block: str = "mlp", width: str = "ffn", layers: str = "dense") -> tuple[Weight, ...]:
+    """The weights of a gated FFN, one of its own or a shared expert."""
+    path = f"model.layers.*.{block}"
+    return (
+        Weight(f"{path}.gate_proj.weight", "colwise", (width, "hidden"), layers=layers),
+        Weight(f"{path}.gate_proj.bias", "colwise", (width,), when="mlp_bias", layers=layers),
+        Weight(f"{path}.up_proj.weight", "colwise", (width, "hidden"), layers=layers),
+        Weight(f"{path}.up_proj.bias", "colwise", (width,), when="mlp_bias", layers=layers),
+        Weight(f"{path}.down_proj.weight", "rowwise", ("hidden", width), layers=layers),
+        Weight(f"{path}.down_proj.bias", "replicate", ("hidden",), when="mlp_bias", layers=layers),
+    )
+
+
+def experts(block: str = "mlp", router: str = "gate", is_transposed: bool = False) -> tuple[Weight, ...]:
+    """The weights of a router and its packed experts; transposed: [E, H, 2I] and [E, I, H], for x @ w."""
+    gate_up, down = ("2*expert_ffn", "hidden"), ("hidden", "expert_ffn")
+    styles = "packed_colwise", "rowwise"
+    if is_transposed:
+        gate_up, down, styles = gate_up[::-1], down[::-1], ("packed_rowwise", "colwise")
+    path = f"model.layers.*.{block}"
+    return (
+        Weight(f"{path}.{router}.weight", "replicate", ("experts", "hidden"), layers="sparse"),
+        Weight(f"{path}.experts.gate_up_proj", styles[0], ("experts", *gate_up), layers="sparse"),
+        Weight(f"{path}.experts.down_proj", styles[1], ("experts", *down), layers="sparse"),
+    )
+
+
+# Names on disk where each expert's projections are tensors of their own.
+ONE_BY_ONE = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+}

@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_as_exact_as
 from gloo_ranks import run_gloo
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import tp_runtime
 from tp_runtime.comm import NullCommunicator
+from tp_runtime.experts import ParallelExperts
 from tp_runtime.layers import (
     MergedColumnParallelLinear,
-    ParallelExperts,
     ParallelLMHead,
     QKVParallelLinear,
     RMSNorm,
@@ -109,7 +112,7 @@ head_whole = F.linear
 def experts(comm, dtype: torch.dtype, top_k_index: torch.Tensor | None = None) -> torch.Tensor:
     x, index, top_k_weights, gate_up, down = experts_args(dtype, top_k_index)
     a, b = part(comm, K)
-    layer = ParallelExperts(E, b - a, H, F.silu, x, comm)
+    layer = ParallelExperts(E, b - a, H, "silu", x, comm)
     rows = torch.cat((gate_up[:, a:b], gate_up[:, K + a : K + b]), dim=1)
     fill(layer, "experts", experts__gate_up_proj=rows, experts__down_proj=down[..., a:b])
     return layer(x, index, top_k_weights)
@@ -178,14 +181,7 @@ def test_a_cut_layer_is_as_exact_as_the_whole_one(name, dtype, kind, tp_size):
     exact, torchs_own = whole(*as_float(args(dtype))), whole(*args(dtype))
     ours = [rank[name, dtype] for rank in outputs(kind, tp_size)]
     assert all(y.dtype == dtype and torch.equal(y, ours[0]) for y in ours)
-    assert_as_exact(ours[0], torchs_own, exact)
-
-
-def assert_as_exact(ours: torch.Tensor, torchs_own: torch.Tensor, exact: torch.Tensor) -> None:
-    """Against the float64 result, our max and RMS error are at most twice torch's own in the same dtype."""
-    error, own = (ours.double() - exact).abs(), (torchs_own.double() - exact).abs()
-    assert error.max() <= 2 * own.max()
-    assert error.square().mean() <= 4 * own.square().mean()
+    assert_as_exact_as(ours[0], torchs_own, exact)
 
 
 @pytest.mark.parametrize("kind, tp_size", RUNS)
@@ -216,6 +212,16 @@ def test_embedding_with_ranks_that_hold_no_vocabulary(vocab_size):
             tp_runtime.run_local(embedding, tp_size, ids + 1, torch.float32, vocab_size)
 
 
+def experts_of_hugging_face(x, index, weights, gate_up, down):
+    """Expert by expert: a GEMM over many tokens rounds otherwise than one over each of them."""
+    sizes = {"num_experts": E, "hidden_size": H, "moe_intermediate_size": K}
+    config = Qwen3MoeConfig(**sizes, hidden_act="silu", experts_implementation="eager")
+    layer = Qwen3MoeExperts(config)
+    layer.gate_up_proj.data, layer.down_proj.data = gate_up, down
+    with torch.no_grad():
+        return layer(x, index, weights)
+
+
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize(
     "index",
@@ -230,10 +236,9 @@ def test_embedding_with_ranks_that_hold_no_vocabulary(vocab_size):
 def test_experts_hit_by_none_some_and_all(index, tp_size):
     """Catches experts without tokens that shift the others' slots, and a batch without tokens."""
     args = experts_args(torch.float32, index)
-    want = experts_whole(*as_float(args))
+    exact, hugging_faces = experts_whole(*as_float(args)), experts_of_hugging_face(*args)
     for y in tp_runtime.run_local(experts, tp_size, torch.float32, index):
-        assert y.shape == want.shape
-        torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-6)
+        assert_as_exact_as(y, hugging_faces, exact)
 
 
 def test_more_ranks_than_parts():
@@ -255,7 +260,7 @@ def test_rms_norm_is_as_exact_as_hugging_faces(dtype):
     theirs.weight.data.copy_(weight)
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
-    assert_as_exact(ours(x), theirs(x), exact)
+    assert_as_exact_as(ours(x), theirs(x), exact)
 
 
 def test_qkv_parts_are_stacked_in_order():
@@ -276,7 +281,7 @@ def test_layers_show_their_local_shapes():
         RowParallelLinear(7, N, False, like, comm): f"in_features_local=7, out_features={N}, bias=False",
         VocabParallelEmbedding((4, 8), V, H, like, comm): f"vocab=[4, 8) of {V}, hidden_size={H}",
         ParallelLMHead(cut(V, 3, 4), H, like, comm): f"in_features={H}, vocab=[8, 12) of {V}",
-        ParallelExperts(E, 5, H, F.silu, like, comm): f"num_experts={E}, hidden_size={H}, width_local=5",
+        ParallelExperts(E, 5, H, "silu", like, comm): f"num_experts={E}, hidden_size={H}, width_local=5",
     }
     for layer, text in shown.items():
         assert text in repr(layer)

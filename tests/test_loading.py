@@ -4,6 +4,7 @@ Ranks are threads, except in the last test.
 """
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import torch
 from gloo_ranks import run_gloo
 from safetensors.torch import save_file
 from tiny_models import CASES, EVERY_SIZE, TOLERANCE, answers, one_thread, reference, tiny  # noqa: F401 (a fixture)
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+)
 
 import tp_runtime
 from tp_runtime.comm import NullCommunicator
@@ -30,12 +37,15 @@ SINGLE, SHARDED = "5GB", "150KB"  # largest file
 def folder_of(tmp_path_factory) -> Callable[..., Path]:
     """(name, max_shard_size) -> folder of the checkpoint as Hugging Face writes it, written once."""
     folders: dict[tuple[str, str], Path] = {}
+    writing = threading.Lock()  # ranks that are threads ask too
 
     def folder_of(name: str, max_shard_size: str = SHARDED) -> Path:
-        if (name, max_shard_size) not in folders:
-            folder = folders[name, max_shard_size] = tmp_path_factory.mktemp("checkpoint")
-            reference(name).model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return folders[name, max_shard_size]
+        with writing:
+            if (name, max_shard_size) not in folders:
+                folder = tmp_path_factory.mktemp("checkpoint")
+                reference(name).model.save_pretrained(folder, max_shard_size=max_shard_size)
+                folders[name, max_shard_size] = folder
+            return folders[name, max_shard_size]
 
     return folder_of
 
@@ -87,13 +97,32 @@ def write_packed(name: str, folder: Path, transposed: bool) -> None:
 
 @pytest.mark.parametrize("tp_size", EVERY_SIZE)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", ["mixtral-14/2", "mixtral-400", "qwen3_moe-dense-first"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-14/2", "mixtral-400", "qwen3_moe-dense-first", "granitemoe-14/2", "llama4_text-9/3"]
+)
 def test_packed_experts_in_both_layouts(name, transposed, tp_size, tmp_path):
     """Catches gate and up read as one block, and a transposed tensor that is read row by row."""
     whole = reference(name)
     write_packed(name, tmp_path, transposed)
     for logits in tp_runtime.run_local(lambda comm: logits_of(loaded(comm, tmp_path), whole.ids), tp_size):
         assert (logits - whole.logits).abs().max() <= TOLERANCE
+
+
+def test_the_text_model_of_one_that_also_sees(tmp_path):
+    """Catches the published Llama 4 checkpoints, which all hold a vision model too, refused or read by other names."""
+    whole = reference("llama4_text-14/2")
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16}
+    sizes["projector_output_dim"] = 16
+    config = Llama4Config(text_config=whole.model.config.to_dict(), vision_config={**sees, **sizes})
+    composite = Llama4ForConditionalGeneration(config).eval()
+    composite.language_model.load_state_dict(whole.model.state_dict())
+    composite.save_pretrained(tmp_path, max_shard_size=SHARDED)
+    assert all("vision" in name or "projector" in name for name in check_checkpoint(tmp_path).unused)
+    for logits, tokens in tp_runtime.run_local(lambda comm: answers(loaded(comm, tmp_path), whole.ids), 3):
+        assert (logits - whole.logits).abs().max() <= TOLERANCE
+        assert torch.equal(tokens, whole.tokens)
+    assert tp_runtime.make_plan(config, 3).parameters == tp_runtime.make_plan(tmp_path, 3).parameters
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-9/3", "mixtral-400"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tp_runtime.loading import import_model_code
 from tp_runtime.models.adapter import FAMILIES, adapter_for
 from tp_runtime.preflight import check_checkpoint, check_config
 
@@ -16,6 +17,7 @@ TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "eos_token_id": 2,
 }
 VARIANTS = [
     {},
@@ -26,7 +28,12 @@ VARIANTS = [
     {"num_key_value_heads": 2, "head_dim": 8},
 ]
 CASES = [(family, variant) for family in FAMILIES for variant in VARIANTS]
-CASES += [("qwen3_moe", {"mlp_only_layers": [0]}), ("qwen3_moe", {"decoder_sparse_step": 2})]
+CASES.remove(("olmoe", {"num_key_value_heads": 2, "head_dim": 8}))  # its norms are hidden_size wide
+CASES += [(family, {"mlp_only_layers": [0]}) for family in ("qwen3_moe", "qwen2_moe")]
+CASES += [(family, {"decoder_sparse_step": 2}) for family in ("qwen3_moe", "qwen2_moe")]
+CASES += [("qwen2_moe", {"qkv_bias": False}), ("qwen2_moe", {"shared_expert_intermediate_size": 24})]
+CASES += [("llama4_text", {"moe_layers": [2]}), ("llama4_text", {"moe_layers": []}), ("llama4_text", {"head_dim": 8})]
+CASES += [("llama4_text", {"interleave_moe_layer_step": 2}), ("llama4_text", {"intermediate_size_mlp": 40})]
 # Keys of other families, which transformers keeps in the config and does not read.
 CASES += [("llama", {"num_experts": 4})]
 CASES += [("mixtral", {"mlp_only_layers": [0]}), ("mixtral", {"moe_intermediate_size": 8})]
@@ -34,6 +41,13 @@ CASES += [("mixtral", {"mlp_only_layers": [0]}), ("mixtral", {"moe_intermediate_
 OPTIONAL = (
     *("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "moe_intermediate_size"),
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "decoder_sparse_step", "mlp_only_layers"),
+    *(
+        "shared_expert_intermediate_size",
+        "intermediate_size_mlp",
+        "qkv_bias",
+        "interleave_moe_layer_step",
+        "moe_layers",
+    ),
 )
 
 
@@ -75,14 +89,22 @@ def test_defaults_are_those_of_the_config_class(family):
 def test_what_transformers_saves_is_read_whole(family, tmp_path):
     """Catches names on disk that differ from the live ones and that a table does not know: weights would be missing."""
     config = CONFIG_MAPPING[family](**TINY, dtype="bfloat16")
-    if family in ("mixtral", "qwen3_moe"):
-        config.num_experts, config.num_experts_per_tok = 4, 2
+    if hasattr(config, "num_experts_per_tok"):
+        config.num_experts, config.num_local_experts, config.num_experts_per_tok = 4, 4, 2
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     checkpoint = check_checkpoint(tmp_path)
     assert (checkpoint.unused, checkpoint.dtype, checkpoint.model_type) == ((), "bfloat16", family)
     assert len({entry.file for entry in checkpoint.tensors.values()}) > 1
     assert sum(entry.stop - entry.start for entry in checkpoint.tensors.values()) == 2 * model.num_parameters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_code_is_where_its_table_says(family):
+    """Catches a launcher that imports a module of transformers that is not there: llama4_text lies in llama4."""
+    import_model_code(family)
+    module = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[family]].__module__
+    assert module.split(".")[-2] == (adapter_for(family).module or family)
 
 
 def test_an_unsupported_family_is_answered_with_the_supported():

@@ -81,7 +81,9 @@ def test_every_option_of_a_variant_changes_the_logits():
         assert (plain.logits - reference(name).logits).abs().max() > 100 * TOLERANCE, (name, options)
 
 
-@pytest.mark.parametrize("name", ["llama-biased", "mixtral-sliding", "qwen3_moe-dense-first"])
+@pytest.mark.parametrize(
+    "name", ["llama-biased", "mixtral-sliding", "qwen3_moe-dense-first", "qwen2_moe-mixed", "llama4_text-sparse"]
+)
 def test_the_models_own_outputs_stay(name):
     """Catches outputs and arguments that a replaced module swallows: loss, states, router logits, positions."""
     whole, ids = reference(name), prompt()
@@ -91,7 +93,8 @@ def test_the_models_own_outputs_stay(name):
         out = model(ids, labels=ids, output_hidden_states=True, **router)
         kept = model(ids, logits_to_keep=2, position_ids=torch.arange(3, 12)[None], use_cache=False)
         assert kept.past_key_values is None
-        return [out.loss, out.logits, *out.hidden_states, *(out.router_logits if router else ()), kept.logits]
+        recorded = getattr(out, "router_logits", None) or ()  # Llama 4's came later
+        return [out.loss, out.logits, *out.hidden_states, *recorded, kept.logits]
 
     want = run(whole.copy())
     for got in tp_runtime.run_local(lambda comm: run(patched(name, comm)), 3):
@@ -124,7 +127,11 @@ def test_attention_implementations(name, implementation):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-12/2", "qwen2-mixed", "mistral-sliding", "mixtral-sliding", "qwen3_moe-sliding"]
+    "name",
+    [
+        *("llama-12/2", "qwen2-mixed", "mistral-sliding", "mixtral-sliding", "qwen3_moe-sliding"),
+        *("qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-12/1"),
+    ],
 )
 def test_attention_functions_are_told_what_hugging_face_tells_them(name):
     """Catches a window that only the mask knows: flash attention takes it from the module's call, and has no mask."""
@@ -439,7 +446,9 @@ def bytes_of(tensors) -> int:
 
 
 @pytest.mark.parametrize("tp_size", [1, 3, 5])
-@pytest.mark.parametrize("name", ["llama-biased", "qwen2-tied", "qwen3-9/3", "mixtral-400", "qwen3_moe-dense-first"])
+@pytest.mark.parametrize(
+    "name", ["llama-biased", "qwen2-tied", "qwen3-9/3", "mixtral-400", "qwen3_moe-dense-first", "llama4_text-sparse"]
+)
 def test_the_weights_of_other_ranks_are_released(name, tp_size):
     """Catches full weights that stay behind a name: a model that fits on two GPUs would not."""
 
@@ -480,7 +489,7 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
         ("model.norm", "Qwen3MoeRMSNorm", "RMSNorm"),
         ("lm_head", "Linear", "ParallelLMHead"),
     ]
-    assert ("model.layers.1.mlp.experts", "Qwen3MoeExperts", "ParallelExperts") in report.replaced
+    assert ("model.layers.1.mlp", "Qwen3MoeSparseMoeBlock", "ParallelMoE") in report.replaced
     assert "qwen3_moe, rank 2 of 5, 0.1 MiB of weights" in str(report)
     assert "model.layers.*.self_attn: Qwen3MoeAttention -> ParallelAttention (2)" in str(report)
     shown = repr(model)
@@ -499,7 +508,11 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
 
 @pytest.mark.parametrize("tp_size", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["llama-biased", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"]
+    "name",
+    [
+        *("llama-biased", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"),
+        *("qwen2_moe-dense-first", "olmoe-clipped", "granitemoe-tied", "llama4_text-14/2"),
+    ],
 )
 def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):
     """Catches weights that were rounded, untied, frozen or put into the wrong rows; hooks and methods that stay."""
@@ -544,6 +557,7 @@ def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):
 
 GLOO_TP = 3
 GLOO_CASES = ["llama-biased", "mistral-sliding", "mixtral-14/2", "qwen2-tied", "qwen3-9/3", "qwen3_moe-dense-first"]
+GLOO_CASES += ["qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-sparse"]
 
 
 def everything(comm) -> dict:

@@ -18,6 +18,7 @@ TINY = {
 }  # fmt: skip
 MIXTRAL = {**TINY, "model_type": "mixtral", "intermediate_size": 400, "num_local_experts": 3, "num_experts_per_tok": 2}
 QWEN3_MOE = {**MIXTRAL, "model_type": "qwen3_moe", "moe_intermediate_size": 40, "mlp_only_layers": [0]}
+LLAMA4 = {**MIXTRAL, "model_type": "llama4_text", "num_experts_per_tok": 1, "intermediate_size_mlp": 211}
 FAMILIES = [
     TINY,
     {**TINY, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -27,6 +28,10 @@ FAMILIES = [
     MIXTRAL,
     {**MIXTRAL, "intermediate_size": 389},
     QWEN3_MOE,
+    {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 203},
+    {**MIXTRAL, "model_type": "olmoe", "hidden_size": 96, "head_dim": 8},
+    {**MIXTRAL, "model_type": "granitemoe"},
+    {**LLAMA4, "interleave_moe_layer_step": 2},
 ]
 
 LLAMA_70B = {
@@ -98,7 +103,7 @@ def test_every_parameter_is_covered(config, dtype):
                 assert held == [list(range(p.shape[0]))] * tp_size
                 continue
             size = p.shape[p.dim]
-            is_kv = ".k_proj." in p.name or ".v_proj." in p.name
+            is_kv = any(f".{module}." in p.name for module in ("k_proj", "v_proj", "k_norm"))
             everyone = [i for part in held for i in part]
             assert sorted(set(everyone)) == list(range(size)), p.name
             assert is_kv or len(everyone) == size, p.name
@@ -106,7 +111,8 @@ def test_every_parameter_is_covered(config, dtype):
                 shape = list(p.shape)
                 shape[p.dim] = len(held[rank])
                 assert p.local_shape(rank) == tuple(shape)
-                if ".q_proj." not in p.name and ".o_proj." not in p.name and not is_kv and p.style != "packed_colwise":
+                is_in_heads = is_kv or any(f".{module}." in p.name for module in ("q_proj", "q_norm", "o_proj"))
+                if not is_in_heads and not p.style.startswith("packed"):
                     assert all(start % unit == 0 or start == stop for start, stop in ranges), p.name
 
 
@@ -121,9 +127,9 @@ def test_outputs_of_a_column_cut_are_inputs_of_the_row_cut(config):
             if module in into:
                 after = p.name.rsplit(".", 2)[0] + f".{into[module]}.weight"
                 assert p.ranges == next(o.ranges for o in plan.parameters if o.name == after)
-            if p.style == "packed_colwise":
+            if p.style.startswith("packed"):
                 down = next(o for o in plan.parameters if o.name.endswith("experts.down_proj"))
-                width = down.shape[2]
+                width = down.shape[down.dim]
                 for packed, (own,) in zip(p.ranges, down.ranges):
                     assert packed == (own, (own[0] + width, own[1] + width))
         if not config.get("tie_word_embeddings"):
@@ -142,6 +148,8 @@ def test_random_configs():
             "num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads,
             "head_dim": 2 * rng.randint(1, 9),
         }  # fmt: skip
+        if config["model_type"] == "olmoe":  # its norms are hidden_size wide
+            config["hidden_size"] = config["num_attention_heads"] * config["head_dim"]
         dtype = rng.choice(list(ITEM_BYTES))
         tp_size = rng.randint(1, kv_heads * group)
         plan = make_plan(config, tp_size, dtype=dtype)
@@ -183,6 +191,13 @@ def test_collectives():
     assert (head.op, head.bytes_per_token) == ("all_gather", 128256 * 2)
     names = [c.name for c in make_plan(QWEN3_MOE, 2).collectives if c.layers == (1,)]
     assert names == ["model.layers.*.mlp.experts.down_proj"]  # layer 0 is dense
+    qwen2_moe, olmoe, _, llama4 = (make_plan(config, 2) for config in FAMILIES[-4:])
+    for plan, block in (qwen2_moe, "mlp"), (llama4, "feed_forward"):
+        (merged,) = (c for c in plan.collectives if "expert" in c.name)
+        assert merged.name == f"model.layers.*.{block}.experts.down_proj + shared_expert.down_proj"
+        assert (merged.layers, merged.bytes_per_token) == ((1,), 96 * 4)
+    (norms,) = (c for c in olmoe.collectives if "norm" in c.name)
+    assert (norms.name, norms.bytes_per_token) == ("model.layers.*.self_attn.q_norm + k_norm", 8)
 
 
 def test_parameter_by_name():

@@ -18,11 +18,15 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import (
     CONFIG,
+    GRANITEMOE,
     INDEX,
     K_PROJ,
     LLAMA,
+    LLAMA4,
     MIXTRAL,
+    OLMOE,
     Q_PROJ,
+    QWEN2_MOE,
     QWEN3_MOE,
     SHARD_1,
     SHARD_2,
@@ -38,6 +42,8 @@ from tiny_checkpoints import (
 
 from tp_runtime import preflight
 from tp_runtime.preflight import check_checkpoint, check_config, check_device, check_prompt_tokens, check_tp_size
+
+SPARSE = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, LLAMA4)
 
 # Times are the process's own, so that a busy machine fails no test.
 
@@ -65,7 +71,7 @@ def alarm():
     [
         (LLAMA, "-"),
         ({**LLAMA, "tie_word_embeddings": True}, "-"),
-        *((config, experts) for config in (MIXTRAL, QWEN3_MOE) for experts in ("one by one", "packed", "transposed")),
+        *((config, experts) for config in SPARSE for experts in ("published", "packed", "transposed")),
     ],
 )
 def test_good_checkpoints_pass_whole(tmp_path, config, experts, sharded):
@@ -75,7 +81,7 @@ def test_good_checkpoints_pass_whole(tmp_path, config, experts, sharded):
     assert {name: entry.shape for name, entry in checkpoint.tensors.items()} == shapes
     assert (checkpoint.unused, checkpoint.dtype, checkpoint.name) == ((), "bfloat16", tmp_path.name)
     if experts == "transposed":
-        name = "model.layers.1.mlp.experts.gate_up_proj"
+        name = next(name for name in shapes if "1" in name and name.endswith("experts.gate_up_proj"))
         (source,) = checkpoint.sources(name, (shapes[name][0], shapes[name][2], shapes[name][1]))
         assert source.transposed and source.shape == shapes[name]
 
@@ -424,15 +430,43 @@ def test_each_fault_gives_one_line_in_half_a_second(tmp_path, fault):
     assert str(folder) in message
 
 
-@pytest.mark.parametrize("experts", ["one by one", "packed"])
+@pytest.mark.parametrize("experts", ["published", "packed"])
 def test_a_missing_expert_is_named(tmp_path, experts):
     """Catches random experts: an absent one must be named by what is stored, or would be."""
     shapes = shapes_of(MIXTRAL, experts)
-    one = "block_sparse_moe.experts.2.w3.weight" if experts == "one by one" else "mlp.experts.down_proj"
+    one = "block_sparse_moe.experts.2.w3.weight" if experts == "published" else "mlp.experts.down_proj"
     del shapes[f"model.layers.1.{one}"]
     assert f"model.layers.1.{one}" in refusal(write_checkpoint(tmp_path, MIXTRAL, shapes))
     with_too_many = {**MIXTRAL, "num_experts_per_tok": 4}
     assert "num_experts_per_tok=4 exceeds the 3 experts" in refusal(write_checkpoint(tmp_path, with_too_many))
+
+
+@pytest.mark.parametrize(
+    "config, change, message",
+    [
+        (
+            OLMOE,
+            {"head_dim": 8},
+            "num_attention_heads=4 of head_dim=8 are 32 wide, the norm of all heads hidden_size=16",
+        ),
+        (OLMOE, {"clip_qkv": 0}, "clip_qkv is 0; it must be a number from"),
+        (GRANITEMOE, {"logits_scaling": 0.0}, "logits_scaling is 0.0; it must be a number from"),
+        (GRANITEMOE, {"residual_multiplier": None}, "residual_multiplier is None"),
+        (QWEN2_MOE, {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
+        (QWEN2_MOE, {"hidden_act": "relu"}, "hidden_act of experts 'relu' is not supported; supported: silu"),
+        (QWEN2_MOE, {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
+        (LLAMA4, {"moe_layers": 1}, "moe_layers 1 is not a list of whole numbers"),
+        (LLAMA4, {"no_rope_layers": [1]}, "no_rope_layers [1] says nothing of some of 2 layers"),
+        (LLAMA4, {"attention_chunk_size": None}, "attention_chunk_size is None"),
+        (LLAMA4, {"layer_types": ["sliding_attention"] * 2}, "layer type 'sliding_attention' is not supported"),
+        (LLAMA4, {"model_type": "llama4"}, "model type 'llama4' is not supported"),
+    ],
+)
+def test_configs_of_experts_that_make_no_sense(config, change, message):
+    """Catches a width, a norm or a layer list with which transformers fails in some layer, or gives something else."""
+    check_config(config)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_config({**config, **change})
 
 
 def blanks(file: Path) -> None:
@@ -503,7 +537,7 @@ def mutated(text: bytes, rng: random.Random) -> bytes:
     return json.dumps(value).encode()
 
 
-@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN3_MOE], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [LLAMA, *SPARSE], ids=lambda config: config["model_type"])
 @pytest.mark.parametrize("what", ["config.json", INDEX, SHARD_2])
 def test_mutations_give_one_line_or_the_same_tensors(tmp_path, config, what):
     """C12 in small. Catches any exception but a one-line ValueError, and a broken header that is believed."""

@@ -31,45 +31,77 @@ LLAMA = {**CONFIG, "model_type": "llama"}
 MIXTRAL = {**CONFIG, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
 QWEN3_MOE = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 10, "head_dim": 8}
 QWEN3_MOE.update(mlp_only_layers=[0], num_experts_per_tok=2)
+QWEN2_MOE = {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 14}
+OLMOE = {**CONFIG, "model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 2, "clip_qkv": None}
+GRANITEMOE = {**MIXTRAL, "model_type": "granitemoe", "logits_scaling": 6.0, "attention_multiplier": 0.015625}
+LLAMA4 = {**MIXTRAL, "model_type": "llama4_text", "intermediate_size_mlp": 26, "moe_layers": [1], "head_dim": 8}
+LLAMA4.update(num_experts_per_tok=1, no_rope_layers=[1, 0], attention_chunk_size=32, attn_scale=0.1)
 
 
-def shapes_of(config: dict, experts: str = "one by one") -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes; experts `one by one`, `packed` ([E, 2I, H], [E, H, I]) or `transposed`."""
+def shapes_of(config: dict, experts: str = "published") -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes; experts as `published` checkpoints of the family store them (one by one, or packed under
+    names of their own), `packed` as in the live model, or `transposed`, with the last two dimensions swapped."""
     hidden, family = config["hidden_size"], config["model_type"]
     head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+
+    def gated_ffn(path: str, width: int) -> None:
+        shapes[path + "gate_proj.weight"] = shapes[path + "up_proj.weight"] = (width, hidden)
+        shapes[path + "down_proj.weight"] = (hidden, width)
+
     for i in range(config["num_hidden_layers"]):
-        layer, attention, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+        mlp = layer + {"granitemoe": "block_sparse_moe.", "llama4_text": "feed_forward."}.get(family, "mlp.")
         shapes[layer + "input_layernorm.weight"] = shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         for name, rows in ("q_proj", q), ("k_proj", kv), ("v_proj", kv):
             shapes[f"{attention}{name}.weight"] = (rows, hidden)
+            if family == "qwen2_moe":
+                shapes[f"{attention}{name}.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q)
         if family == "qwen3_moe":
             shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim,)
-        if family == "llama" or i in config.get("mlp_only_layers", ()):
-            width = config["intermediate_size"]
-            shapes[mlp + "gate_proj.weight"] = shapes[mlp + "up_proj.weight"] = (width, hidden)
-            shapes[mlp + "down_proj.weight"] = (hidden, width)
+        elif family == "olmoe":
+            shapes[attention + "q_norm.weight"], shapes[attention + "k_norm.weight"] = (q,), (kv,)
+        if family == "llama" or i in config.get("mlp_only_layers", ()) or i not in config.get("moe_layers", [i]):
+            gated_ffn(mlp, config["intermediate_size_mlp" if family == "llama4_text" else "intermediate_size"])
             continue
-        num_experts = config["num_local_experts" if family == "mixtral" else "num_experts"]
-        width = config["intermediate_size" if family == "mixtral" else "moe_intermediate_size"]
-        old = layer + "block_sparse_moe." if family == "mixtral" and experts == "one by one" else mlp
-        shapes[old + "gate.weight"] = (num_experts, hidden)
-        if experts == "one by one":
-            gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-            for e in range(num_experts):
-                shapes[f"{old}experts.{e}.{gate}.weight"] = shapes[f"{old}experts.{e}.{up}.weight"] = (width, hidden)
-                shapes[f"{old}experts.{e}.{down}.weight"] = (hidden, width)
-        else:
-            gate_up, down = (2 * width, hidden), (hidden, width)
-            order = slice(None, None, -1 if experts == "transposed" else 1)
-            shapes[mlp + "experts.gate_up_proj"] = (num_experts, *gate_up[order])
-            shapes[mlp + "experts.down_proj"] = (num_experts, *down[order])
+        num_experts = config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
+        width = config["moe_intermediate_size" if family.startswith("qwen") else "intermediate_size"]
+        _add_experts(shapes, family, layer, mlp, num_experts, width, hidden, experts)
+        if family == "qwen2_moe":
+            gated_ffn(mlp + "shared_expert.", config["shared_expert_intermediate_size"])
+            shapes[mlp + "shared_expert_gate.weight"] = (1, hidden)
+        elif family == "llama4_text":
+            gated_ffn(mlp + "shared_expert.", config["intermediate_size"])
     shapes["model.norm.weight"] = (hidden,)
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
+
+
+def _add_experts(
+    shapes: dict, family: str, layer: str, mlp: str, num_experts: int, width: int, hidden: int, experts: str
+) -> None:
+    """The router and the experts of a layer."""
+    if experts == "published" and family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        is_mixtral = family == "mixtral"
+        old = layer + "block_sparse_moe." if is_mixtral else mlp
+        shapes[old + "gate.weight"] = (num_experts, hidden)
+        for e in range(num_experts):
+            for part in ("w1", "w3") if is_mixtral else ("gate_proj", "up_proj"):
+                shapes[f"{old}experts.{e}.{part}.weight"] = (width, hidden)
+            shapes[f"{old}experts.{e}.{'w2' if is_mixtral else 'down_proj'}.weight"] = (hidden, width)
+        return
+    router, gate_up, down = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
+    if family in ("granitemoe", "llama4_text"):
+        router = "router.weight"
+    if family == "granitemoe" and experts == "published":
+        router, gate_up, down = "router.layer.weight", "input_linear.weight", "output_linear.weight"
+    shapes[mlp + router] = (num_experts, hidden)
+    is_swapped = (family == "llama4_text") != (experts == "transposed")
+    for name, shape in (gate_up, (2 * width, hidden)), (down, (hidden, width)):
+        shapes[mlp + name] = (num_experts, *shape[:: -1 if is_swapped else 1])
 
 
 def header_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", /, **others: str) -> dict:

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from tp_runtime.models.adapter import FAMILIES
 
 HEADS = ((12, 4), (12, 2), (12, 1), (14, 2), (9, 3))  # query heads, key/value heads
+FEW_HEADS = ((12, 1), (14, 2), (9, 3))  # for families whose attention is cut as another's
 SIZES = {
     "num_hidden_layers": 2,
     "head_dim": 8,
@@ -29,6 +30,35 @@ SIZES = {
 EXPERT_SIZES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 45, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 45,
+        "shared_expert_intermediate_size": 77,
+        "head_dim": 4,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 45, "head_dim": 4, "eos_token_id": None},
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 45,
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.8,
+    },
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 45,
+        "intermediate_size_mlp": 77,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "eos_token_id": None,
+    },
 }
 SPARSE = tuple(EXPERT_SIZES)
 EVERY_SIZE = (1, 2, 3, 4, 5)  # tp_size
@@ -52,6 +82,12 @@ VARIANTS: dict[str, tuple[str, tuple[int, int], dict]] = {
     "qwen3-mixed": ("qwen3", (12, 4), {**_SLIDING, "max_window_layers": 1}),
     "qwen3_moe-sliding": ("qwen3_moe", (12, 1), _SLIDING),
     "mixtral-sliding": ("mixtral", (14, 2), {"sliding_window": 4}),
+    "qwen2_moe-dense-first": ("qwen2_moe", (12, 1), {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    "qwen2_moe-mixed": ("qwen2_moe", (14, 2), {**_SLIDING, "qkv_bias": False}),
+    "olmoe-clipped": ("olmoe", (9, 3), {"clip_qkv": 0.7, "attention_bias": True, "norm_topk_prob": True}),
+    "granitemoe-tied": ("granitemoe", (14, 2), {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama4_text-sparse": ("llama4_text", (9, 3), {"moe_layers": [0, 1], "num_experts_per_tok": 2}),
+    "llama4_text-plain": ("llama4_text", (12, 1), {"use_qk_norm": False, "attn_temperature_tuning": False}),
 }
 ROPE = {
     "linear": {"factor": 2.0},
@@ -69,7 +105,8 @@ for _type, _scaling in ROPE.items():
 
 _BUILDING = threading.Lock()  # Hugging Face builds a model under a default dtype that all threads share
 
-CASES = [*(f"{family}-{heads}/{kv_heads}" for family in FAMILIES for heads, kv_heads in HEADS), *VARIANTS]
+_HEADS_OF = dict.fromkeys(FAMILIES[:6], HEADS)
+CASES = [f"{family}-{q}/{kv}" for family in FAMILIES for q, kv in _HEADS_OF.get(family, FEW_HEADS)] + [*VARIANTS]
 
 
 @pytest.fixture(scope="module")

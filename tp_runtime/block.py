@@ -18,49 +18,103 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from .plan import HeadPlan
+from .model_config import FUSED_ACTIVATIONS
+from .plan import HeadPlan, Range
 
 _HF_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-# Hugging Face's name of an activation -> that of `gated_gemm`.
-FUSED_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
+    """Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
 
     rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed
     once a forward pass, not once a layer.
 
+    Args:
+        rope: which elements of a head turn together, `halves` or `pairs`.
+
     Returns:
-        cos and signed sin, [B, 1, S, D] each.
+        `halves`: cos and signed sin, [B, 1, S, D] each; `pairs`: cos + i sin, [B, 1, S, D / 2].
     """
 
-    def __init__(self, rotary_emb: nn.Module):
+    def __init__(self, rotary_emb: nn.Module, rope: str = "halves"):
         super().__init__()
-        self.rotary_emb = rotary_emb
+        self.rotary_emb, self.rope = rotary_emb, rope
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        if self.rope == "pairs":
+            return self.rotary_emb(x, position_ids=position_ids).unsqueeze(1)
         cos, sin = self.rotary_emb(x, position_ids=position_ids)
         low, high = sin.chunk(2, dim=-1)
         return cos.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)
 
 
+class WideRMSNorm(nn.Module):
+    """RMS norm over the width of all heads, of which each rank has a part.
+
+        y = x / sqrt(sum(x^2) / width + eps) * weight          the sum over all ranks' heads
+
+    Args:
+        width: of all heads.
+        part: this rank's elements of it.
+        counted: those of them that it answers for in the sum: of the ranks that hold the same head, the first.
+    """
+
+    def __init__(self, width: int, part: Range, counted: Range, eps: float, like: torch.Tensor):
+        super().__init__()
+        weight = torch.empty(part[1] - part[0], dtype=like.dtype, device=like.device)
+        self.weight, self.width, self.eps = nn.Parameter(weight, requires_grad=False), width, eps
+        self._counted = slice(counted[0] - part[0], counted[1] - part[0])
+
+    def squares(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of sum(x^2), float32: [..., part] -> [..., 1]."""
+        return x[..., self._counted].float().square().sum(-1, keepdim=True)
+
+    def forward(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """[..., part], given the whole sum [..., 1]."""
+        return self.weight * (x.float() * torch.rsqrt(squares / self.width + self.eps)).type_as(x)
+
+    def shards(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self.weight.detach()}
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)} of {self.width}, eps={self.eps}"
+
+
 class ParallelAttention(nn.Module):
     """Attention over a rank's query heads and the key/value heads that they read. Returns the reduced output.
+
+    What families do to q and k on the way, each where the config or the family says so:
+
+        norm over all heads, clip (OLMoE)  ->  norm of each head  ->  turn by position  ->  norm of each head, or in
+                                                                      layers that know none a growing scale (Llama 4)
 
     Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide,
     a rank's query heads may be spread unevenly over its key/value heads; then each query head gets its own copy of the
     one that it reads, after the cache, so that the cache still holds each head once.
+
+    Args:
+        attention: Hugging Face's module.
+        rope: which elements of a head turn together, `halves` or `pairs`.
+        is_windowed: whether the attention function is told the sliding window.
     """
 
-    def __init__(self, attention: nn.Module, heads: HeadPlan, qkv_proj: QKVParallelLinear, o_proj: RowParallelLinear):
+    def __init__(
+        self,
+        attention: nn.Module,
+        heads: HeadPlan,
+        qkv_proj: QKVParallelLinear,
+        o_proj: RowParallelLinear,
+        rope: str = "halves",
+        is_windowed: bool = True,
+    ):
         super().__init__()
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.head_dim, self.scaling, self.is_causal = attention.head_dim, attention.scaling, attention.is_causal
         self.num_heads_local, self.num_kv_heads_local = heads.num_heads, heads.num_kv_heads
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        self.sliding_window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
+        window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
+        self.sliding_window = window if is_windowed else None
         self._eager = sys.modules[type(attention).__module__].eager_attention_forward
         self._split_q_k = [heads.num_heads, heads.num_kv_heads]
         self._split_qk_v = [heads.num_heads + heads.num_kv_heads, heads.num_kv_heads]
@@ -69,9 +123,14 @@ class ParallelAttention(nn.Module):
         is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
         self.num_key_value_groups = groups if is_even else 1
         self._queries_of_kv = [] if is_even else [heads.kv_of_query.count(i) for i in range(heads.num_kv_heads)]
-        self.has_qk_norm = hasattr(attention, "q_norm")
-        if self.has_qk_norm:
+        has_norms = hasattr(attention, "q_norm")
+        if has_norms:
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.has_wide_norm = has_norms and isinstance(self.q_norm, WideRMSNorm)
+        self.has_qk_norm = has_norms and not self.has_wide_norm
+        self._turns_halves = rope == "halves"
+        self._knows_positions = getattr(attention, "use_rope", True)
+        self._last_norm_eps = attention.qk_norm.eps if hasattr(attention, "qk_norm") else None
 
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
@@ -85,13 +144,19 @@ class ParallelAttention(nn.Module):
             [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
         """
         batch, length, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(hidden_states)
+        if self.has_wide_norm:
+            qkv = self._widely_normed(qkv)
+        qkv = qkv.view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
         qk, v = torch.split_with_sizes(qkv, self._split_qk_v, 1)
         if self.has_qk_norm:
             q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        cos, signed_sin = position_embeddings
-        qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
+        if self._turns_halves:
+            cos, signed_sin = position_embeddings
+            qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
+        else:
+            qk = self._as_in_llama4(qk, position_embeddings, past_key_values)
         q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -106,6 +171,29 @@ class ParallelAttention(nn.Module):
             options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
             y, _ = attend(self, q, k, v, attention_mask, **options)
         return self.o_proj(y.reshape(batch, length, -1)), None
+
+    def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
+        """q and k normalised over all ranks' heads, by one all-reduce of two numbers a token; clipped, and v too."""
+        q, k, v = qkv.split([heads * self.head_dim for heads in (*self._split_q_k, self._split_qk_v[1])], -1)
+        squares = self.o_proj.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
+        qkv = torch.cat((self.q_norm(q, squares[..., :1]), self.k_norm(k, squares[..., 1:]), v), -1)
+        clip = self.config.clip_qkv
+        return qkv if clip is None else qkv.clamp_(-clip, clip)
+
+    def _as_in_llama4(self, qk: torch.Tensor, position_embeddings: torch.Tensor, past_key_values) -> torch.Tensor:
+        """q and k [B, H, S, D]: elements 2i and 2i + 1 turned in float32, and normalised; in a layer that knows no
+        positions, q times 1 + attn_scale * log(1 + (position + 1) // floor_scale), positions as in the cache."""
+        if self._knows_positions:
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+            qk = torch.view_as_real(pairs * position_embeddings).flatten(-2).type_as(qk)
+            eps = self._last_norm_eps
+            return qk if eps is None else torch.rms_norm(qk, (self.head_dim,), None, eps)
+        if self.config.attn_temperature_tuning:
+            past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+            positions = torch.arange(qk.shape[2], device=qk.device).float() + past
+            steps = torch.floor((positions + 1) / self.config.floor_scale)
+            qk[:, : self.num_heads_local] *= (torch.log1p(steps) * self.config.attn_scale + 1).unsqueeze(1)
+        return qk
 
     def _one_for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
         """[B, H_kv, S, D] -> [B, H_q, S, D], without an index tensor, which would have to travel to the GPU."""

@@ -12,7 +12,7 @@ Any part may be empty: a rank may hold no vocabulary, and small models have fewe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,7 @@ class ParallelLMHead(nn.Module):
     Args:
         vocab: each rank's part of the vocabulary.
         tied: the embedding whose table this head shares, or None.
+        logits_scaling: what Hugging Face's model divides this module's output by, to get its logits.
     """
 
     def __init__(
@@ -157,9 +158,10 @@ class ParallelLMHead(nn.Module):
         like: torch.Tensor,
         comm: Communicator,
         tied: VocabParallelEmbedding | None = None,
+        logits_scaling: float = 1.0,
     ):
         super().__init__()
-        self.comm, self.hidden_size = comm, hidden_size
+        self.comm, self.hidden_size, self.logits_scaling = comm, hidden_size, logits_scaling
         self.lengths = [stop - start for start, stop in vocab]
         self.vocab = vocab[comm.rank]
         object.__setattr__(self, "tied", tied)  # not a child: the embedding stands in the module tree once
@@ -172,11 +174,12 @@ class ParallelLMHead(nn.Module):
         return self._weight if self.tied is None else self.tied.rows()
 
     def logits_shard_v(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's part of the vocabulary, [..., V_r]."""
-        return gemm(x, self.weight)
+        """The model's logits of this rank's part of the vocabulary, [..., V_r]."""
+        y = gemm(x, self.weight)
+        return y if self.logits_scaling == 1 else y / self.logits_scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.comm.all_gather(self.logits_shard_v(x), self.lengths)
+        return self.comm.all_gather(gemm(x, self.weight), self.lengths)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {} if self.tied is not None else {f"{name}.weight": self.weight.detach()}
@@ -184,60 +187,6 @@ class ParallelLMHead(nn.Module):
     def extra_repr(self) -> str:
         tied = ", tied to the embedding" if self.tied is not None else ""
         return f"in_features={self.hidden_size}, vocab=[{self.vocab[0]}, {self.vocab[1]}) of {sum(self.lengths)}{tied}"
-
-
-class ParallelExperts(nn.Module):
-    """The experts of a MoE layer, each cut along its intermediate width.
-
-        gate, up = x @ gate_up_proj[e].T            [T_e, I_r] each
-        y[t]     = sum over t's experts e of weight[t, e] * (act(gate) * up) @ down_proj[e].T
-        y        = sum of y over ranks
-
-    Takes the place of Hugging Face's experts module: same signature, packed weights gate_up_proj [E, 2 * I_r, H] and
-    down_proj [E, H, I_r]. Accumulates in float32, rounds once before the all-reduce.
-    """
-
-    def __init__(
-        self, num_experts: int, width: int, hidden_size: int, act_fn: Callable, like: torch.Tensor, comm: Communicator
-    ):
-        super().__init__()
-        self.num_experts, self.width, self.hidden_size, self.comm = num_experts, width, hidden_size, comm
-        self.act_fn = act_fn
-        self.gate_up_proj = _parameter(num_experts, 2 * width, hidden_size, like=like)
-        self.down_proj = _parameter(num_experts, hidden_size, width, like=like)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: [T, H].
-            top_k_index: [T, k], expert of each token.
-            top_k_weights: [T, k].
-
-        Returns:
-            [T, H], the same bits on every rank.
-        """
-        top_k = top_k_index.shape[1]
-        y = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        order = top_k_index.flatten().argsort(stable=True)
-        token_of_slot, weight_of_slot = order // top_k, top_k_weights.flatten()[order].float().unsqueeze(1)
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                token = token_of_slot[start : start + count]
-                gate, up = gemm(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-                part = gemm(self.act_fn(gate) * up, self.down_proj[expert])
-                y.index_add_(0, token, part * weight_of_slot[start : start + count])
-                start += count
-        return self.comm.all_reduce(y.to(hidden_states.dtype))
-
-    def shards(self, name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.gate_up_proj": self.gate_up_proj.detach(), f"{name}.down_proj": self.down_proj.detach()}
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, width_local={self.width}"
 
 
 class RMSNorm(nn.Module):

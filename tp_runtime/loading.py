@@ -100,4 +100,5 @@ def _check_fit(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def import_model_code(model_type: str) -> None:
     """Imports a family's modelling code: a launcher does it once, before it forks the ranks."""
-    importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    module = adapter_for(model_type).module or model_type
+    importlib.import_module(f"transformers.models.{module}.modeling_{module}")

@@ -26,25 +26,34 @@ WORDS = {
 }
 LIMITS: dict[str, tuple[tuple[type, ...], float, float]] = {
     **dict.fromkeys(("vocab_size", "intermediate_size", "moe_intermediate_size"), (INT, 1, 2**24)),
+    **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp"), (INT, 1, 2**24)),
     **dict.fromkeys(("hidden_size", "head_dim"), (INT, 1, 2**20)),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (INT, 1, 2**12)),
     **dict.fromkeys(("num_local_experts", "num_experts_per_tok", "decoder_sparse_step"), (INT, 1, 2**12)),
+    **dict.fromkeys(("interleave_moe_layer_step", "no_rope_layer_interval"), (INT, 1, 2**12)),
     **dict.fromkeys(("num_experts", "max_window_layers", "pretraining_tp"), (INT, 0, 2**12)),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), (INT, 1, 2**32)),
+    **dict.fromkeys(("attention_chunk_size", "floor_scale"), (INT, 1, 2**32)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (NUMBER, -1e6, 1e6)),
+    **dict.fromkeys(("logits_scaling", "clip_qkv"), (NUMBER, 1e-6, 1e6)),
+    "attn_scale": (FLOAT, 0, 1e6),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_jitter_noise"), (FLOAT, 0, 1)),
     **dict.fromkeys(("attention_dropout", "partial_rotary_factor"), (NUMBER, 0, 1)),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), (NUMBER, 1e-6, 1e15)),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), (NUMBER, 0, 1e6)),
     "router_aux_loss_coef": (FLOAT, 0, 1e6),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), (BOOL, 0, 1)),
+    **dict.fromkeys(("qkv_bias", "use_qk_norm", "attn_temperature_tuning"), (BOOL, 0, 1)),
     **dict.fromkeys(("norm_topk_prob", "output_router_logits", "use_cache"), (BOOL, 0, 1)),
 }
 MAY_BE_NULL = {
-    *("head_dim", "num_key_value_heads", "sliding_window", "attention_dropout", "pretraining_tp"),
+    *("head_dim", "num_key_value_heads", "sliding_window", "attention_dropout", "pretraining_tp", "clip_qkv"),
     *("original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = ("bfloat16", "float16", "float32")
+# Hugging Face's name of an activation -> that of `gated_gemm` and `experts`.
+FUSED_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTIVATIONS = tuple("gelu gelu_fast gelu_new gelu_pytorch_tanh quick_gelu relu relu2 sigmoid silu swish tanh".split())
 ROPE_NEEDS = {  # rope_type -> what it cannot do without
     "default": (),
@@ -56,7 +65,7 @@ ROPE_NEEDS = {  # rope_type -> what it cannot do without
 
 
 def read_config(path: str | os.PathLike) -> dict:
-    """The checked config.json of a checkpoint's folder, as it stands there.
+    """The checked config.json of a checkpoint's folder, as it stands there; of a model that also sees, its text part.
 
     Raises:
         ValueError: there is none, or `check_config` refuses it.
@@ -65,11 +74,21 @@ def read_config(path: str | os.PathLike) -> dict:
     config = read_json(folder, "config.json", MAX_CONFIG_BYTES)
     if config is None:
         raise ValueError(f"{folder} holds no config.json: it is not the folder of a Hugging Face checkpoint")
+    config = text_part(config)
     try:
         check_config(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     return config
+
+
+def text_part(config: Mapping) -> dict:
+    """The config of the language model alone: `text_config` of one that also sees (llama4), else the config itself."""
+    text = config.get("text_config")
+    if config.get("model_type") != "llama4" or not isinstance(text, dict):
+        return dict(config)
+    dtypes = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+    return {**dtypes, "model_type": "llama4_text", **text}
 
 
 def check_config(config: Mapping) -> None:
@@ -85,7 +104,9 @@ def check_config(config: Mapping) -> None:
         raise ValueError(f"quantised weights ({method!r:.40}) are not supported yet; take the bf16 or fp16 checkpoint")
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         raise ValueError(f"{missing[0]} is missing; download the file again")
-    _check_limits(config)
+    # Qwen2MoeConfig writes a window of 0 where none is in use.
+    no_window = config.get("use_sliding_window") is False and config.get("sliding_window") == 0
+    _check_limits({**config, "sliding_window": None} if no_window else config)
     _check_choice("hidden_act", config.get("hidden_act", "silu"), ACTIVATIONS)
     _check_choice("dtype", config_dtype(config), DTYPES)
     _check_heads(adapter, config)
@@ -132,23 +153,35 @@ def _check_heads(adapter: Adapter, config: Mapping) -> None:
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     if adapter.model_type == "llama" and hidden % heads:  # transformers' LlamaConfig demands it, the others do not
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+    width = heads * values["head_dim"]
+    if adapter.flag("wide_qk_norm", config) and width != hidden:  # transformers normalises over hidden_size
+        raise ValueError(
+            f"num_attention_heads={heads} of head_dim={values['head_dim']} are {width} wide, the norm of all heads "
+            f"hidden_size={hidden}; they must be equal"
+        )
     if values["head_dim"] < 2 or values["head_dim"] % 2:
         raise ValueError(f"head_dim={values['head_dim']} is not even and positive; rotary embedding turns pairs")
 
 
 def _check_layers(adapter: Adapter, config: Mapping) -> None:
-    """What is said of single layers, and the number of chosen experts against those there are."""
-    num_layers, types, dense = config["num_hidden_layers"], config.get("layer_types"), config.get("mlp_only_layers")
+    """What is said of single layers, and of the experts."""
+    num_layers, types = config["num_hidden_layers"], config.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != num_layers:
             raise ValueError(f"layer_types {types!r:.80} is not a list of num_hidden_layers={num_layers} names")
         for name in types:
-            _check_choice("layer type", name, ("full_attention", "sliding_attention"))
-    if dense is not None and not (isinstance(dense, list) and all(type(layer) is int for layer in dense)):
-        raise ValueError(f"mlp_only_layers {dense!r:.80} is not a list of layer indices")
+            _check_choice("layer type", name, adapter.layer_types)
+    for key in ("mlp_only_layers", "moe_layers", "no_rope_layers"):
+        listed = config.get(key)
+        if listed is not None and not (isinstance(listed, list) and all(type(layer) is int for layer in listed)):
+            raise ValueError(f"{key} {listed!r:.80} is not a list of whole numbers")
+    if adapter.rope == "pairs" and len(config.get("no_rope_layers") or range(num_layers)) < num_layers:
+        raise ValueError(f"no_rope_layers {config['no_rope_layers']!r:.80} says nothing of some of {num_layers} layers")
     num_experts, chosen = adapter.letters(config).get("experts"), config.get("num_experts_per_tok")
-    if num_experts and chosen and chosen > num_experts:
-        raise ValueError(f"num_experts_per_tok={chosen} exceeds the {num_experts} experts")
+    if num_experts:
+        _check_choice("hidden_act of experts", config.get("hidden_act", "silu"), tuple(FUSED_ACTIVATIONS))
+        if chosen and chosen > num_experts:
+            raise ValueError(f"num_experts_per_tok={chosen} exceeds the {num_experts} experts")
 
 
 def _rope_parameters(config: Mapping) -> dict:

@@ -1,84 +1,24 @@
 """patch(model): a live Hugging Face model becomes this rank's part of a tensor-parallel one; unpatch undoes it.
 
-What is replaced, by attribute name, in the instance and never in a class:
-
-    model.embed_tokens         VocabParallelEmbedding          layer.mlp (dense)      ParallelMLP
-    model.rotary_emb           RotaryEmbedding                 layer.mlp.experts      ParallelExperts
-    layer.self_attn            ParallelAttention               lm_head                ParallelLMHead
-    every norm                 RMSNorm
-
-The rest of the model is Hugging Face's: its forward pass, its masks, its caches, its generate().
+What is replaced stands at the top of `replacement.py`. The rest of the model is Hugging Face's: its forward pass, its
+masks, its caches, its generate().
 """
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
 from torch import nn
 
-from .block import ParallelAttention, ParallelMLP, RotaryEmbedding
 from .comm import Communicator, communicator
 from .config import RuntimeConfig
 from .in_step import generate_in_step
-from .layers import (
-    MergedColumnParallelLinear,
-    ParallelExperts,
-    ParallelLMHead,
-    QKVParallelLinear,
-    RMSNorm,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
 from .models.adapter import Source, adapter_for
 from .plan import ITEM_BYTES, Plan, make_plan
+from .replacement import Patch, PatchReport, replace_modules
 from .shard import copies
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch` replaced, (path, class before, class after) for each module; the bytes of weights on this rank."""
-
-    model_type: str
-    tp_rank: int
-    tp_size: int
-    replaced: tuple[tuple[str, str, str], ...]
-    weight_bytes: int
-
-    def __str__(self) -> str:
-        counts: dict[tuple[str, str, str], int] = {}
-        for path, before, after in self.replaced:
-            key = (re.sub(r"\.\d+\.", ".*.", path), before, after)
-            counts[key] = counts.get(key, 0) + 1
-        size = f"{self.weight_bytes / 2**20:.1f} MiB of weights"
-        lines = [f"{self.model_type}, rank {self.tp_rank} of {self.tp_size}, {size}"]
-        lines += [f"  {path}: {before} -> {after} ({n})" for (path, before, after), n in counts.items()]
-        return "\n".join(lines)
-
-
-@dataclass
-class Patch:
-    """What was done to a model: what runs it, and what `unpatch` needs to undo it."""
-
-    comm: Communicator
-    plan: Plan
-    swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    replaced: list[tuple[str, str, str]] = field(default_factory=list)
-    hooks: list = field(default_factory=list)
-    report: PatchReport | None = None
-
-    def swap(self, model: nn.Module, path: str, new: nn.Module) -> None:
-        parent_path, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        old = getattr(parent, name)
-        new.train(old.training)
-        setattr(parent, name, new)
-        self.swaps.append((parent, name, old))
-        self.replaced.append((path, type(old).__name__, type(new).__name__))
 
 
 def patch(model: nn.Module, group=None, plan: Plan | None = None, config: RuntimeConfig | None = None) -> PatchReport:
@@ -103,7 +43,7 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     comm.check_agreement(_identity(model, plan, config))  # first: what fails below, fails on every rank
     if not hasattr(model, "config") or not hasattr(model, "lm_head"):
         raise ValueError(f"{type(model).__name__} is no Hugging Face causal language model")
-    adapter_for(model.config.model_type)
+    adapter = adapter_for(model.config.model_type)
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"the model's dtype is {dtype}; supported: {', '.join(ITEM_BYTES)}")
@@ -116,14 +56,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     plan = plan or make_plan(model.config, comm.size, dtype=dtype)
     _check_plan(model, plan, comm)
 
-    state = Patch(comm, plan)
-    for name, parameter in model.named_parameters():
-        state.parameters[name] = parameter
-    _replace_embedding(model, state)
-    for index, layer in enumerate(model.model.layers):
-        _replace_layer(model, state, f"model.layers.{index}", layer)
-    _replace_norm(model, state, "model.norm")
-    _replace_head(model, state)
+    state = Patch(comm, plan, adapter)
+    replace_modules(model, state)
     state.report = PatchReport(
         plan.model_type, comm.rank, comm.size, tuple(state.replaced), plan.weight_bytes(comm.rank)
     )
@@ -234,88 +168,6 @@ def _check_plan(model: nn.Module, plan: Plan, comm: Communicator) -> None:
             f"model and plan differ in {len(wrong)} parameters, first {name}: "
             f"{shapes.get(name, 'absent')} in the model, {planned.get(name, 'absent')} in the plan"
         )
-
-
-def _fill(model_path: str, new: nn.Module, state: Patch) -> nn.Module:
-    """Copies this rank's part of the parameters that `new` replaces into it and releases theirs."""
-    parent, _, name = model_path.rpartition(".")
-    for key, view in new.shards(name).items():
-        full_name = f"{parent}.{key}" if parent else key
-        parameter = state.parameters[full_name]
-        if parameter.is_meta:
-            continue
-        entry = state.plan.parameter(full_name)
-        with torch.no_grad():
-            for copy in copies(entry, state.comm.rank, Source(full_name, entry.shape)):
-                view[copy.local_index].copy_(parameter[copy.stored_index])
-            parameter.data = parameter.data.new_empty(0)
-    return new
-
-
-def _replace_embedding(model: nn.Module, state: Patch) -> None:
-    old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
-    vocab_size, hidden_size = entry.shape
-    new = VocabParallelEmbedding(entry.ranges[state.comm.rank][0], vocab_size, hidden_size, old.weight, state.comm)
-    state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
-    state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb))
-
-
-def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) -> None:
-    like = layer.input_layernorm.weight.new_empty(0)
-    _replace_norm(model, state, f"{path}.input_layernorm")
-    _replace_norm(model, state, f"{path}.post_attention_layernorm")
-    attention = layer.self_attn
-    for norm in ("q_norm", "k_norm"):
-        if hasattr(attention, norm):
-            _replace_norm(model, state, f"{path}.self_attn.{norm}")
-    qkv_proj = _columns(QKVParallelLinear, state, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), like)
-    o_proj = _rows(state, f"{path}.self_attn.o_proj", like)
-    heads = state.plan.heads[state.comm.rank]
-    state.swap(model, f"{path}.self_attn", ParallelAttention(attention, heads, qkv_proj, o_proj))
-    if hasattr(layer.mlp, "experts"):
-        experts = layer.mlp.experts
-        entry = state.plan.parameter(f"{path}.mlp.experts.down_proj")
-        num_experts, hidden_size, width = entry.local_shape(state.comm.rank)
-        new = ParallelExperts(num_experts, width, hidden_size, experts.act_fn, like, state.comm)
-        state.swap(model, f"{path}.mlp.experts", _fill(f"{path}.mlp.experts", new, state))
-    else:
-        gate_up_proj = _columns(MergedColumnParallelLinear, state, f"{path}.mlp", ("gate_proj", "up_proj"), like)
-        down_proj = _rows(state, f"{path}.mlp.down_proj", like)
-        new = ParallelMLP(gate_up_proj, down_proj, model.config.hidden_act, layer.mlp.act_fn)
-        state.swap(model, f"{path}.mlp", new)
-
-
-def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.Tensor) -> nn.Module:
-    shapes = {name: state.plan.parameter(f"{path}.{name}.weight").local_shape(state.comm.rank) for name in names}
-    bias = f"{path}.{names[0]}.bias" in state.parameters
-    new = cls({name: rows for name, (rows, _) in shapes.items()}, shapes[names[0]][1], bias, like)
-    return _fill(f"{path}.{names[0]}", new, state)
-
-
-def _rows(state: Patch, path: str, like: torch.Tensor) -> nn.Module:
-    out_features, in_features_local = state.plan.parameter(f"{path}.weight").local_shape(state.comm.rank)
-    bias = f"{path}.bias" in state.parameters
-    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, state.comm), state)
-
-
-def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
-    old = model.get_submodule(path)
-    new = RMSNorm(old.weight.numel(), old.variance_epsilon, old.weight)
-    state.swap(model, path, _fill(path, new, state))
-
-
-def _replace_head(model: nn.Module, state: Patch) -> None:
-    embedding = model.model.embed_tokens
-    is_tied = "lm_head.weight" not in state.parameters
-    entry = state.plan.parameter("model.embed_tokens.weight")
-    new = ParallelLMHead(
-        [ranges[0] for ranges in entry.ranges],
-        entry.shape[1],
-        embedding.weight,
-        state.comm,
-        tied=embedding if is_tied else None,
-    )
-    state.swap(model, "lm_head", _fill("lm_head", new, state))
 
 
 def _gather(view: torch.Tensor, plan: Plan, name: str, comm: Communicator) -> torch.Tensor:

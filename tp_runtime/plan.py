@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -197,6 +198,7 @@ def make_plan(path_or_config, tp_size: int, *, dtype: str = "auto") -> Plan:
     """
     config = path_or_config.to_dict() if hasattr(path_or_config, "to_dict") else path_or_config
     if isinstance(config, Mapping):
+        config = preflight.text_part(config)
         preflight.check_config(config)
     else:
         config = preflight.read_config(preflight.resolve(config, weights=False))
@@ -216,7 +218,7 @@ def make_plan(path_or_config, tp_size: int, *, dtype: str = "auto") -> Plan:
         "q": tuple(((h.query[0] * head_dim, h.query[1] * head_dim),) for h in heads),
         "kv": tuple(((h.kv[0] * head_dim, h.kv[1] * head_dim),) for h in heads),
     }
-    for letter in ("vocab", "ffn", "expert_ffn"):
+    for letter in ("vocab", "ffn", "expert_ffn", "shared_ffn"):
         if letter in sizes:
             parts[letter] = tuple((part,) for part in cut(sizes[letter], tp_size, unit))
     if "expert_ffn" in sizes:
@@ -246,10 +248,19 @@ def _cut_parameter(parameter: Parameter, parts: Mapping, tp_size: int) -> Parame
 
 
 def _collectives(parameters: tuple[ParameterPlan, ...], item_bytes: int) -> tuple[Collective, ...]:
-    """One all-reduce after each parameter whose input features are cut; one gather of the logits."""
-    found = []
+    """One all-reduce after each projection whose input features are cut, routed and shared experts together; one of
+    the sums of squares of a norm whose width is cut; one gather of the logits."""
     vocab, hidden = next(p.shape for p in parameters if p.style == "embedding_rowwise")
+    found: dict[tuple[str, tuple[int, ...]], Collective] = {}
     for p in parameters:
-        if p.style in ("embedding_rowwise", "rowwise"):
-            found.append(Collective(p.name.removesuffix(".weight"), "all_reduce", hidden * item_bytes, p.layers))
-    return (*found, Collective("lm_head", "all_gather", vocab * item_bytes, ()))
+        path, _, module = p.name.removesuffix(".weight").rpartition(".")
+        if p.dim is None:
+            continue
+        if module in ("embed_tokens", "o_proj", "down_proj"):
+            block = re.sub(r"\.(shared_)?experts?$", "", path)
+            before = found.get((block, p.layers))
+            name = f"{before.name} + {path[len(block) + 1 :]}.down_proj" if before else f"{path}.{module}"
+            found[block, p.layers] = Collective(name, "all_reduce", hidden * item_bytes, p.layers)
+        elif module == "q_norm":
+            found[p.name, p.layers] = Collective(f"{path}.q_norm + k_norm", "all_reduce", 2 * 4, p.layers)
+    return (*found.values(), Collective("lm_head", "all_gather", vocab * item_bytes, ()))

@@ -27,7 +27,7 @@ from .checkpoint_folder import (
     resolve,
     verify_sums,
 )
-from .model_config import MAX_CONFIG_BYTES, check_config, config_dtype, context_length, read_config
+from .model_config import MAX_CONFIG_BYTES, check_config, config_dtype, context_length, read_config, text_part
 from .models.adapter import Adapter, Source, adapter_for
 from .safetensors_header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorEntry, read_header
 
@@ -44,6 +44,7 @@ __all__ = [
     "count_gpus",
     "read_config",
     "resolve",
+    "text_part",
     "verify_sums",
 ]
 
@@ -61,9 +62,9 @@ class Checkpoint:
 
     Args:
         path: its folder.
-        config: config.json, as it stands there.
+        config: config.json, as `read_config` gives it.
         generation_config: generation_config.json; empty where there is none.
-        tensors: what the files hold, by name; empty where only the config was asked for.
+        tensors: what the files hold, by name without the family's prefix; empty where only the config was asked for.
         unused: names of the tensors that no parameter takes.
     """
 
@@ -128,6 +129,9 @@ def check_checkpoint(path: str | os.PathLike, *, tensors: bool = True) -> Checkp
     if not tensors:
         return Checkpoint(folder, config, generation_config)
     stored, unlisted = _stored_tensors(folder, config)
+    prefix = adapter_for(config["model_type"]).prefix
+    stored = {name.removeprefix(prefix): entry for name, entry in stored.items()}
+    unlisted = {name.removeprefix(prefix): shard for name, shard in unlisted.items()}
     checkpoint = Checkpoint(folder, config, generation_config, stored)
     used = _check_weights(checkpoint, unlisted)
     return replace(checkpoint, unused=tuple(name for name in stored if name not in used))

@@ -28,8 +28,9 @@ def plan_table(plan: Plan) -> str:
 
     cut = {
         "vocabulary": _ranges(plan, "embed_tokens.weight"),
-        "FFN": _ranges(plan, "mlp.down_proj.weight"),
+        "FFN": _ranges(plan, "mlp.down_proj.weight", "feed_forward.down_proj.weight"),
         "expert FFN": _ranges(plan, "experts.down_proj"),
+        "shared FFN": _ranges(plan, "shared_expert.down_proj.weight"),
     }
     cut = {name: ranges for name, ranges in cut.items() if ranges}
     holdings = [("rank", "query heads", "KV heads", *cut, "weights MiB", "KV cache bytes/token")]
@@ -80,9 +81,9 @@ def _part(p: ParameterPlan, ranks: Iterable[int]) -> str:
     return _shape(f"{s[0]}..{s[-1]}" if len(s) > 1 else s[0] for s in sizes)
 
 
-def _ranges(plan: Plan, suffix: str) -> list[Range]:
-    """Each rank's part of the dimension along which the first parameter of that name is cut."""
-    found = next((p for p in plan.parameters if p.name.endswith(suffix)), None)
+def _ranges(plan: Plan, *suffixes: str) -> list[Range]:
+    """Each rank's part of the dimension along which the first parameter of such a name is cut."""
+    found = next((p for p in plan.parameters if p.name.endswith(suffixes)), None)
     return [ranges[0] for ranges in found.ranges] if found else []
 
 

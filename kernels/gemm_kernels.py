@@ -1,0 +1,195 @@
+"""The kernels of `gemm` and `gated_gemm`: y = x @ w.T, or act(x @ w.T) * (x @ up.T), and what is added to it.
+
+    vector   M = 1. CUDA cores. A program owns a few rows of w; K is spread over its threads: no sum crosses programs.
+    decode   M <= 128. w is the left operand of the tensor cores, which want 64 rows there, and the few tokens are the
+             right one, which may have 16. K may be split over programs, so that all multiprocessors get equal work.
+    prefill  Persistent: each program takes tile after tile; operands come and y goes by TMA. From sm_90 on.
+
+vector and decode take as long as w takes to be read. A launch is short (10 us), so its start and its end count: the
+first columns of w are on their way to L2 while the kernel before still runs (see `target.has_pdl`), and what programs
+that share a tile leave behind is summed in the same launch, by the last of them to arrive, in the order of K: the same
+bits whoever is last.
+
+All accumulate in fp32 and round once, at the store. What is counted from the start of a tensor has 64 bits. In all
+three, ACTIVATION None means `gemm`; any other, that there is `up`. What optional pointers that are None concern is not
+compiled.
+
+Grouped tile order and the persistent loop follow Triton's tutorials 03 and 09. Nothing here has met a GPU yet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .target import prefetch_l2
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    else:  # gelu_tanh: 1 + tanh(u) = 2 / (1 + exp(-2 u))
+        return gate / (1 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+
+
+@triton.jit
+def _finish(acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr):
+    """What is stored of a tile, fp32 [BLOCK_M, BLOCK_N]: everything after the sum over K. `up` counts if gated."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION is not None:
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        acc = _activate(acc, ACTIVATION) * up
+    if residual_ptr is not None:
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _tile(ptr, start, SIZE, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first COLUMNS of ROWS rows from row `start`: a pointer, and offsets from it, for which 32 bits are enough.
+
+    Rows past the end repeat the last one: what they yield is not stored.
+    """
+    rows = tl.minimum(tl.arange(0, ROWS), SIZE - 1 - start)
+    return ptr + start.to(tl.int64) * stride, rows[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _start(ptr, start, SIZE, stride, k, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Lets the next kernel start, fetches the first columns of w, waits for the kernel before. See `target.has_pdl`."""
+    LINE: tl.constexpr = 64  # elements of 16 bits in 128 bytes
+    tl.extra.cuda.gdc_launch_dependents()
+    rows = tl.minimum(start + tl.arange(0, ROWS), SIZE - 1).to(tl.int64) * stride
+    prefetch_l2(ptr + rows[:, None] + tl.minimum(k + tl.arange(0, COLUMNS // LINE) * LINE, K - 1)[None, :])
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _decode_kernel(
+    x_ptr, w_ptr, up_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr, arrived_ptr,
+    M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym,
+    ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    steps = tl.cdiv(K, BLOCK_K)
+    begin, end = split * steps // SPLITS * BLOCK_K, (split + 1) * steps // SPLITS * BLOCK_K
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    x_offs = offs_m[:, None] * stride_xm + offs_k[None, :]
+    w_tile, w_offs = _tile(w_ptr, tile * BLOCK_N, N, stride_wn, BLOCK_N, BLOCK_K)
+    if ACTIVATION is not None:
+        up_tile, up_offs = _tile(up_ptr, tile * BLOCK_N, N, stride_un, BLOCK_N, BLOCK_K)
+    if PDL:
+        _start(w_ptr, tile * BLOCK_N, N, stride_wn, begin, K, BLOCK_N, PREFETCH_K)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = acc
+    for k in range(begin, end, BLOCK_K):
+        in_k = (offs_k < K - k)[None, :]
+        x = tl.load(x_ptr + k + x_offs, mask=(offs_m < M)[:, None] & in_k, other=0.0)
+        w = tl.load(w_tile + k + w_offs, mask=in_k, other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(w, x.T, acc)
+        if ACTIVATION is not None:
+            w = tl.load(up_tile + k + up_offs, mask=in_k, other=0.0, eviction_policy="evict_first")
+            up = tl.dot(w, x.T, up)
+
+    if SPLITS > 1:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        PARTS: tl.constexpr = SIZE if ACTIVATION is None else 2 * SIZE
+        parts = partials_ptr + tile * SPLITS * PARTS + (tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :])
+        tl.store(parts + split * PARTS, acc)
+        if ACTIVATION is not None:
+            tl.store(parts + split * PARTS + SIZE, up)
+        tl.debug_barrier()  # every thread has stored before one of them says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+            return
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = acc
+        for s in tl.static_range(SPLITS):
+            acc += tl.load(parts + s * PARTS, cache_modifier=".cg")  # from L2, where the other programs' are
+            if ACTIVATION is not None:
+                up += tl.load(parts + s * PARTS + SIZE, cache_modifier=".cg")
+        tl.store(arrived_ptr + tile, 0)
+
+    y = _finish(acc.T, up.T, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _vector_kernel(
+    x_ptr, w_ptr, up_ptr, bias_ptr, residual_ptr, y_ptr, N, K, stride_wn, stride_un,
+    ACTIVATION: tl.constexpr, PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    LANE: tl.constexpr = 8  # elements in the 16 bytes that a thread loads; it sums them by itself
+    n = tl.program_id(0) * BLOCK_N
+    offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w_tile, w_offs = _tile(w_ptr, n, N, stride_wn, BLOCK_N, BLOCK_K)
+    if ACTIVATION is not None:
+        up_tile, up_offs = _tile(up_ptr, n, N, stride_un, BLOCK_N, BLOCK_K)
+    if PDL:
+        _start(w_ptr, n, N, stride_wn, 0, K, BLOCK_N, PREFETCH_K)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_K // LANE), tl.float32)
+    up = acc
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        in_k = offs_k < K - k
+        x = tl.load(x_ptr + k + offs_k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+        w = tl.load(w_tile + k + w_offs, mask=in_k[None, :], other=0.0, eviction_policy="evict_first")
+        acc += tl.sum(tl.reshape(w.to(tl.float32) * x, (BLOCK_N, BLOCK_K // LANE, LANE)), 2)
+        if ACTIVATION is not None:
+            w = tl.load(up_tile + k + up_offs, mask=in_k[None, :], other=0.0, eviction_policy="evict_first")
+            up += tl.sum(tl.reshape(w.to(tl.float32) * x, (BLOCK_N, BLOCK_K // LANE, LANE)), 2)
+
+    M: tl.constexpr = 1
+    offs_m = tl.arange(0, M)
+    acc, up = tl.sum(acc, 1)[None], tl.sum(up, 1)[None]
+    y = _finish(acc, up, bias_ptr, residual_ptr, N, offs_m, offs_n, M, N, ACTIVATION)
+    tl.store(y_ptr + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[None, :])
+
+
+@triton.jit
+def _prefill_kernel(
+    x, w, w_up, y, bias_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym,
+    ACTIVATION: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """x, w, w_up and y are descriptors made by the host; pointers if warps are specialised."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if (
+        SPECIALIZE
+    ):  # the compiler shares the rows of a tile out to groups of warps, and cuts descriptors that it sees made
+        x = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+        w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
+        if ACTIVATION is not None:
+            w_up = tl.make_tensor_descriptor(w_up, [N, K], [stride_un, 1], [BLOCK_N, BLOCK_K])
+        y = tl.make_tensor_descriptor(y, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_N])
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
+    ):
+        # Tiles that run at the same time form blocks of GROUP_M rows of tiles: L2 serves each x and w to many of them.
+        group = tile // (GROUP_M * tiles_n)
+        rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        m = (group * GROUP_M + tile % (GROUP_M * tiles_n) % rows) * BLOCK_M
+        n = tile % (GROUP_M * tiles_n) // rows * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = acc
+        for k in range(0, K, BLOCK_K):
+            x_tile = x.load([m, k])
+            acc = tl.dot(x_tile, w.load([n, k]).T, acc)
+            if ACTIVATION is not None:
+                up = tl.dot(x_tile, w_up.load([n, k]).T, up)
+        offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        out = _finish(acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION)
+        y.store([m, n], out.to(y.dtype))

@@ -1,0 +1,215 @@
+"""Which of our modules takes the place of which of Hugging Face's; and the record by which `unpatch` undoes it.
+
+What is replaced, by attribute name, in the instance and never in a class:
+
+    model.embed_tokens         VocabParallelEmbedding          layer.mlp (dense)      ParallelMLP
+    model.rotary_emb           RotaryEmbedding                 layer.mlp (sparse)     ParallelMoE
+    layer.self_attn            ParallelAttention               lm_head                ParallelLMHead
+    every norm                 RMSNorm, WideRMSNorm            a router's forward     routed
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .block import ParallelAttention, ParallelMLP, RotaryEmbedding, WideRMSNorm
+from .comm import Communicator, NullCommunicator
+from .experts import ParallelExperts, ParallelMoE, routed
+from .layers import (
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from .models.adapter import Adapter, Source
+from .plan import Plan
+from .shard import copies
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` replaced, (path, class before, class after) for each module; the bytes of weights on this rank."""
+
+    model_type: str
+    tp_rank: int
+    tp_size: int
+    replaced: tuple[tuple[str, str, str], ...]
+    weight_bytes: int
+
+    def __str__(self) -> str:
+        counts: dict[tuple[str, str, str], int] = {}
+        for path, before, after in self.replaced:
+            key = (re.sub(r"\.\d+\.", ".*.", path), before, after)
+            counts[key] = counts.get(key, 0) + 1
+        size = f"{self.weight_bytes / 2**20:.1f} MiB of weights"
+        lines = [f"{self.model_type}, rank {self.tp_rank} of {self.tp_size}, {size}"]
+        lines += [f"  {path}: {before} -> {after} ({n})" for (path, before, after), n in counts.items()]
+        return "\n".join(lines)
+
+
+class _OwnForward:
+    """`forward` as an attribute of one module, its class untouched, until it is removed like a hook."""
+
+    def __init__(self, module: nn.Module, forward: Callable):
+        self._module = module
+        module.forward = forward
+
+    def remove(self) -> None:
+        del self._module.forward
+
+
+@dataclass
+class Patch:
+    """What was done to a model: what runs it, and what `unpatch` needs to undo it."""
+
+    comm: Communicator
+    plan: Plan
+    adapter: Adapter
+    swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)
+    hooks: list = field(default_factory=list)
+    report: PatchReport | None = None
+
+    def swap(self, model: nn.Module, path: str, new: nn.Module) -> None:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        old = getattr(parent, name)
+        new.train(old.training)
+        setattr(parent, name, new)
+        self.swaps.append((parent, name, old))
+        self.replaced.append((path, type(old).__name__, type(new).__name__))
+
+
+def replace_modules(model: nn.Module, state: Patch) -> None:
+    """Replaces what the table above says; each new module has this rank's part of the weights."""
+    state.parameters.update(model.named_parameters())
+    _replace_embedding(model, state)
+    for index, layer in enumerate(model.model.layers):
+        _replace_layer(model, state, f"model.layers.{index}", layer)
+    _replace_norm(model, state, "model.norm")
+    _replace_head(model, state)
+
+
+def _fill(model_path: str, new: nn.Module, state: Patch) -> nn.Module:
+    """Copies this rank's part of the parameters that `new` replaces into it and releases theirs."""
+    parent, _, name = model_path.rpartition(".")
+    for key, view in new.shards(name).items():
+        full_name = f"{parent}.{key}" if parent else key
+        parameter = state.parameters[full_name]
+        if parameter.is_meta:
+            continue
+        entry = state.plan.parameter(full_name)
+        with torch.no_grad():
+            for copy in copies(entry, state.comm.rank, Source(full_name, entry.shape)):
+                view[copy.local_index].copy_(parameter[copy.stored_index])
+            parameter.data = parameter.data.new_empty(0)
+    return new
+
+
+def _replace_embedding(model: nn.Module, state: Patch) -> None:
+    old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
+    vocab_size, hidden_size = entry.shape
+    new = VocabParallelEmbedding(entry.ranges[state.comm.rank][0], vocab_size, hidden_size, old.weight, state.comm)
+    state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
+    state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb, state.adapter.rope))
+
+
+def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) -> None:
+    like = layer.input_layernorm.weight.new_empty(0)
+    _replace_norm(model, state, f"{path}.input_layernorm")
+    _replace_norm(model, state, f"{path}.post_attention_layernorm")
+    _replace_attention(model, state, f"{path}.self_attn", layer.self_attn, like)
+    path, block = f"{path}.{state.adapter.feed_forward}", getattr(layer, state.adapter.feed_forward)
+    if hasattr(block, "experts"):
+        _replace_moe(model, state, path, block, like)
+    else:
+        state.swap(model, path, _mlp(model, state, path, state.comm, like))
+
+
+def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor) -> None:
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(attention, norm):
+            _replace_norm(model, state, f"{path}.{norm}")
+    qkv_proj = _columns(QKVParallelLinear, state, path, ("q_proj", "k_proj", "v_proj"), like)
+    o_proj = _rows(state, f"{path}.o_proj", state.comm, like)
+    heads, is_windowed = state.plan.heads[state.comm.rank], state.adapter.flag("windowed", {})
+    new = ParallelAttention(attention, heads, qkv_proj, o_proj, state.adapter.rope, is_windowed)
+    state.swap(model, path, new)
+
+
+def _mlp(model: nn.Module, state: Patch, path: str, comm: Communicator, like: torch.Tensor) -> ParallelMLP:
+    gate_up_proj = _columns(MergedColumnParallelLinear, state, path, ("gate_proj", "up_proj"), like)
+    down_proj = _rows(state, f"{path}.down_proj", comm, like)
+    activation = model.config.hidden_act
+    return ParallelMLP(gate_up_proj, down_proj, activation, ACT2FN[activation])
+
+
+def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, like: torch.Tensor) -> None:
+    routing, config, rank = state.adapter.routing, model.config, state.comm.rank
+    entry = state.plan.parameter(f"{path}.experts.down_proj")
+    is_transposed = entry.dim == 1
+    num_experts, hidden_size, width = entry.local_shape(rank)
+    if is_transposed:
+        hidden_size, width = width, hidden_size
+    experts = ParallelExperts(
+        num_experts, width, hidden_size, config.hidden_act, like, state.comm, is_transposed, routing.weigh_input
+    )
+    router = getattr(block, routing.router)
+    renormalise = state.adapter.flag("renormalised", config.to_dict())
+    state.hooks.append(_OwnForward(router, routed(router, config.num_experts_per_tok, routing, renormalise)))
+    shared = shared_gate = None
+    if routing.shared:
+        partial = NullCommunicator(rank, state.comm.size, state.comm.device)  # the block reduces, once
+        shared = _mlp(model, state, f"{path}.{routing.shared}", partial, like)
+    if routing.shared_gate:
+        shared_gate = getattr(block, routing.shared_gate)
+    new = ParallelMoE(routing, router, _fill(f"{path}.experts", experts, state), shared, shared_gate)
+    state.swap(model, path, new)
+
+
+def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.Tensor) -> nn.Module:
+    shapes = {name: state.plan.parameter(f"{path}.{name}.weight").local_shape(state.comm.rank) for name in names}
+    bias = f"{path}.{names[0]}.bias" in state.parameters
+    new = cls({name: rows for name, (rows, _) in shapes.items()}, shapes[names[0]][1], bias, like)
+    return _fill(f"{path}.{names[0]}", new, state)
+
+
+def _rows(state: Patch, path: str, comm: Communicator, like: torch.Tensor) -> RowParallelLinear:
+    out_features, in_features_local = state.plan.parameter(f"{path}.weight").local_shape(state.comm.rank)
+    bias = f"{path}.bias" in state.parameters
+    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, comm), state)
+
+
+def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
+    old, entry, rank = model.get_submodule(path), state.plan.parameter(f"{path}.weight"), state.comm.rank
+    eps = old.variance_epsilon if hasattr(old, "variance_epsilon") else old.eps
+    if entry.dim is None:
+        new = RMSNorm(old.weight.numel(), eps, old.weight)
+    else:
+        (start, stop), before = entry.ranges[rank][0], entry.ranges[rank - 1][0][1] if rank else 0
+        new = WideRMSNorm(entry.shape[0], (start, stop), (max(start, before), stop), eps, old.weight)
+    state.swap(model, path, _fill(path, new, state))
+
+
+def _replace_head(model: nn.Module, state: Patch) -> None:
+    embedding = model.model.embed_tokens
+    is_tied = "lm_head.weight" not in state.parameters
+    entry = state.plan.parameter("model.embed_tokens.weight")
+    new = ParallelLMHead(
+        [ranges[0] for ranges in entry.ranges],
+        entry.shape[1],
+        embedding.weight,
+        state.comm,
+        tied=embedding if is_tied else None,
+        logits_scaling=getattr(model.config, state.adapter.logits_scaling) if state.adapter.logits_scaling else 1.0,
+    )
+    state.swap(model, "lm_head", _fill("lm_head", new, state))
