@@ -73,13 +73,25 @@ def add_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
     parser.add_argument("--output-json", "--output_json", type=Path, metavar="F", help=text)
 
 
-def write(name: str, args: argparse.Namespace, **content) -> Path:
-    """Writes the record, stamped with versions, machine, commit and date; returns its file."""
+def stamp(name: str, args: argparse.Namespace) -> dict:
+    """What every record begins with: its name and flags, versions, machine, commit and date."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    file = args.output_json or RESULTS / f"{name}_{now:%Y-%m-%d}.json"
     flags = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, list))}
-    stamp = {"name": name, "date": now.isoformat(timespec="seconds"), "flags": flags, **env.describe()}
+    return {"name": name, "date": now.isoformat(timespec="seconds"), "flags": flags, **env.describe()}
+
+
+def dump(file: Path, content: dict) -> None:
+    """Writes a record; who reads the file meanwhile sees it as it was before or as it is after."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**stamp, **content}, indent=1) + "\n")
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(file)
+
+
+def write(name: str, args: argparse.Namespace, **content) -> Path:
+    """Writes the record, stamped; returns its file."""
+    stamped = stamp(name, args)
+    file = args.output_json or RESULTS / f"{name}_{stamped['date'][:10]}.json"
+    dump(file, {**stamped, **content})
     say(f"written: {file}")
     return file

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a target of the Makefile: scripts/run.sh demo|test|check|bench|train-demo [ARGUMENT...]
+# Runs a target of the Makefile: scripts/run.sh demo|test|kernel-tests|check|bench|train-demo [ARGUMENT...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,8 +14,9 @@ shift || true
 case $target in
   demo)       use run;                  exec "$python" -m tp_runtime.generate "$@" ;;
   test)       use run test 'notebook?' 'bench?'; exec "$python" -m pytest "$@" ;;
+  kernel-tests) use run test;           exec "$python" -m scripts.kernel_tests "$@" ;;
   check)      use check;                "$python" -m ruff check "$@"; exec "$python" -m mypy ;;
   bench)      use run bench;            exec "$python" -m pytest bench --benchmark-only "$@" ;;
   train-demo) use run;                  exec "$python" -m scripts.train_demo "$@" ;;
-  *)          echo "usage: scripts/run.sh demo|test|check|bench|train-demo [ARGUMENT...]" >&2; exit 2 ;;
+  *)          echo "usage: scripts/run.sh demo|test|kernel-tests|check|bench|train-demo [ARGUMENT...]" >&2; exit 2 ;;
 esac

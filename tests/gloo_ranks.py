@@ -36,7 +36,7 @@ def _launch(module: str, name: str, tp_size: int, folder: Path) -> int:
     from tp_runtime.launch import launch
 
     def main(env) -> None:
-        from tp_runtime.comm import run_ranks
+        from tp_runtime.local import run_ranks
 
         fn = getattr(importlib.import_module(module), name)
         save = Path(folder, str(env.rank)).write_bytes

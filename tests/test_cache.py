@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from exactness import assert_as_exact_as
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
 
 from tp_runtime.cache import KVCache
@@ -162,18 +163,23 @@ def test_a_models_logits(model, capacity):
     ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    ours, theirs = KVCache(2, capacity), DynamicCache(config=model.config)
+    wide = copy.deepcopy(model).double()
+    runs = [
+        (model, KVCache(2, capacity)),
+        (model, DynamicCache(config=model.config)),
+        (wide, DynamicCache(config=model.config)),
+    ]
     position = (mask.cumsum(-1) - 1).clamp(min=0)
+    steps = []
     with torch.no_grad():
         for _ in range(13):
-            a, b = (
-                model(ids, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
-                for cache in (ours, theirs)
-            )
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # sums of other lengths where the window is short
-            ids = b.argmax(-1, keepdim=True)
+            given = {"attention_mask": mask, "position_ids": position}
+            steps.append([m(ids, past_key_values=cache, **given).logits[:, -1] for m, cache in runs])
+            ids = steps[-1][1].argmax(-1, keepdim=True)
             mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), dim=1)
             position = position[:, -1:] + 1
+    ours, theirs, exact = (torch.stack(logits) for logits in zip(*steps))
+    assert_as_exact_as(ours, theirs, exact)  # sums of other lengths where a window is short
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from gloo_ranks import run_gloo
 
 import tp_runtime
-from tp_runtime.comm import LocalCommunicator, NullCommunicator, TorchCommunicator, communicator
+from tp_runtime.comm import NullCommunicator, TorchCommunicator, communicator
+from tp_runtime.local import LocalCommunicator
 
 TP = 3
 LENGTHS = (3, 0, 2)

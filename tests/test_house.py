@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The floors of tp_runtime: a file imports only files that stand before it.
 FLOORS = (
-    "config completion env heartbeat failure rank "
+    "config flags completion sums display env heartbeat failure rank "
     "checkpoint_folder safetensors_header model_config preflight plan estimate shard checkpoint "
-    "peer_memory comm overlap layers cache block sampling in_step patching loading verification "
-    "text engine report launch llm generate"
+    "peer_memory collective_ops comm local overlap layers experts cache block "
+    "sampling in_step replacement patching loading verification text engine report launch llm generate"
 ).split()
 # The launcher starts ranks before it knows what they will run: its floor is lower than its place in the list.
 LAUNCH_IMPORTS = {"config", "env", "heartbeat", "failure", "rank"}

@@ -41,6 +41,8 @@ def checkout(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, checkout / name)
+    (checkout / "kernels" / "tuned_tables").mkdir(exist_ok=True)
+    (checkout / "kernels" / "tuned_tables" / "a-gpu.json").write_text("{}\n")  # a table, whether we ship one or not
     return checkout
 
 
@@ -86,6 +88,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel, checkout):
     packed = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     source = [path for folder in ("", "kernels", "models") for path in (checkout / "tp_runtime" / folder).glob("*.py")]
     source += [path for path in (checkout / "tp_runtime" / "demo").rglob("*") if path.is_file()]
+    source += (checkout / "tp_runtime" / "kernels" / "tuned_tables").glob("*.json")
     assert packed == {str(path.relative_to(checkout)) for path in source}
 
 

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tp_runtime.comm import run_local
+from tp_runtime.local import run_local
 from tp_runtime.sampling import Sampler, draw_in_step
 
 CUTS = [[21], [11, 10], [8, 8, 5], [8, 8, 5, 0], [5, 4, 4, 4, 4], [0, 20, 0, 1, 0]]  # some ranks have no vocabulary

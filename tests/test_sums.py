@@ -6,6 +6,7 @@ import torch
 import tp_runtime
 from tp_runtime.config import RuntimeConfig
 from tp_runtime.preflight import resolve
+from tp_runtime.sums import check_sum
 from tp_runtime.text import load_tokenizer
 
 PAIRS = [(a, b) for a in range(100) for b in range(100)]
@@ -48,3 +49,12 @@ def test_all_sums_are_right(texts, name, dtype, tp_size):
         return wrong
 
     assert tp_runtime.run_local(wrong_sums, tp_size) == [[]] * tp_size
+
+
+def test_check_sum():
+    """Catches a verifier that says yes to a wrong sum, or no to a cut-off chain."""
+    assert check_sum("27+58=", "85") == (True, "27+58=85")
+    assert check_sum("27+58=", "86") == (False, "27+58=86")
+    assert check_sum(">7+3=", "10;10+3=13;13+") == (True, "7+3=10; 10+3=13")
+    assert check_sum(">7+3=", "10;10+3=14;14+") == (False, "7+3=10; 10+3=14")
+    assert check_sum("hello", "world") is None

@@ -18,7 +18,7 @@ _HOME = {
     "Plan": "plan",
     "make_plan": "plan",
     "communicator": "comm",
-    "run_local": "comm",
+    "run_local": "local",
     "PatchReport": "patching",
     "load": "loading",
     "load_weights": "loading",

@@ -3,7 +3,7 @@
 One interface, three kinds:
 
     TorchCommunicator   ranks are processes; NCCL on GPUs; on CPUs gloo, and shared memory for small messages
-    LocalCommunicator   ranks are threads of this process (tests, notebooks, several ranks on one device)
+    LocalCommunicator   ranks are threads of this process; in local.py
     NullCommunicator    says nothing: a single rank, or one rank of many for timing what is local
 
 After a reduction every rank holds the same bits. Sums of our own are taken in rank order, in float32 for half-precision
@@ -12,29 +12,35 @@ tensors, and rounded once.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import resource
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 
 import torch
 import torch.distributed as dist
+from torch.compiler import is_dynamo_compiling
 
+from . import collective_ops
 from .heartbeat import Heartbeat
 from .peer_memory import SLOT_BYTES, PeerMemory, open_peer_memory
 
 
 class Communicator(ABC):
-    """`rank` of `size`, tensors on `device`. Every rank calls the collectives in the same order, or nobody returns."""
+    """`rank` of `size`, tensors on `device`. Every rank calls the collectives in the same order, or nobody returns.
+
+    A kind whose ranks really meet leaves `all_reduce` and `all_gather` to `collective_ops` while dynamo traces them.
+    """
 
     def __init__(self, rank: int, size: int, device: torch.device, heartbeat: Heartbeat | None = None):
         self.rank, self.size, self.device = rank, size, device
         self.heartbeat = heartbeat or Heartbeat.unwatched()
         self.collective_s: float | None = None  # host seconds in collectives; None where they are not waited for
+        self.number = collective_ops.enter(self)
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +119,8 @@ class Communicator(ABC):
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum as every rank computes it for itself: of half-precision parts in float32."""
     dtype = parts[0].dtype
     total = parts[0].to(torch.float32 if dtype in _HALF else dtype, copy=True)
     for part in parts[1:]:
@@ -179,9 +186,11 @@ class TorchCommunicator(Communicator):
         self.collective_s = 0.0 if self.device.type == "cpu" else None
 
     def all_reduce(self, x):
+        if is_dynamo_compiling():
+            return collective_ops.all_reduce(x, self.number)
         if (peers := self._peers) and x.nbytes <= SLOT_BYTES:
             parts = self._timed("all_reduce", lambda: peers.exchange(x, [x.shape] * self.size))
-            return x.copy_(_sum_in_rank_order(parts))
+            return x.copy_(sum_in_rank_order(parts))
         if not x.numel():
             return x
         # gloo rounds after each addition; of two ranks there is but one.
@@ -192,6 +201,8 @@ class TorchCommunicator(Communicator):
     def all_gather(self, x, lengths):
         if self.size == 1:
             return x
+        if is_dynamo_compiling():
+            return collective_ops.all_gather(x, lengths, self.number)
         longest, rows = max(lengths), x.shape[:-1].numel()
         if (peers := self._peers) and rows * longest * x.itemsize <= SLOT_BYTES:
             shapes = [(*x.shape[:-1], length) for length in lengths]
@@ -222,46 +233,6 @@ class TorchCommunicator(Communicator):
         return result
 
 
-class _Meeting:
-    """What the threads of one `run_local` share: a slot each, and a barrier that a failing rank breaks for all."""
-
-    def __init__(self, size: int):
-        self.slots: list[torch.Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size)
-
-    def leave(self, rank: int) -> None:
-        """Waits for the others to leave too. Those that wait in a collective instead find the slot empty."""
-        self.slots[rank] = None
-        self.barrier.wait()
-
-
-class LocalCommunicator(Communicator):
-    """All ranks are threads of this process."""
-
-    def __init__(self, rank: int, meeting: _Meeting, device: torch.device | str = "cpu"):
-        super().__init__(rank, len(meeting.slots), torch.device(device))
-        self._meeting = meeting
-
-    def _exchange(self, x: torch.Tensor, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-        """combine(all ranks' tensors); nobody touches its own before everyone has combined."""
-        self._meeting.slots[self.rank] = x
-        self._meeting.barrier.wait()
-        if gone := [str(rank) for rank, slot in enumerate(self._meeting.slots) if slot is None]:
-            raise ValueError(f"rank {', '.join(gone)} returned while rank {self.rank} waits for it in a collective")
-        result = combine(self._meeting.slots)
-        self._meeting.barrier.wait()
-        return result
-
-    def all_reduce(self, x):
-        return x.copy_(self._exchange(x, _sum_in_rank_order))
-
-    def all_gather(self, x, lengths):
-        return self._exchange(x, lambda parts: torch.cat(parts, dim=-1))
-
-    def broadcast(self, x, source=0):
-        return x.copy_(self._exchange(x, lambda parts: parts[source].clone()))
-
-
 def communicator(group=None) -> Communicator:
     """The communicator of a process group, a 1-D DeviceMesh or one of ours; None: the default group, or a single rank.
 
@@ -283,8 +254,9 @@ def communicator(group=None) -> Communicator:
     return TorchCommunicator(group)
 
 
-def join_group(env, backend: str, device: torch.device) -> TorchCommunicator:
-    """Joins this process to its group and returns the communicator.
+@contextlib.contextmanager
+def joined_group(env, backend: str, device: torch.device) -> Iterator[TorchCommunicator]:
+    """This process in its group: within it, the communicator.
 
     Ranks that the launcher started meet in a file of its private folder: no port, nothing that listens. Ranks of
     torchrun meet where its environment says.
@@ -307,66 +279,7 @@ def join_group(env, backend: str, device: torch.device) -> TorchCommunicator:
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=device if backend == "nccl" else None,
     )
-    return TorchCommunicator(device=device, heartbeat=env.heartbeat, timeout_s=timeout_s)
-
-
-def run_ranks(env, backend: str, device: str, tp_size: int, fn: Callable[[Communicator], object]) -> None:
-    """fn(comm) as the rank that this process is; with the backend `local`, as all ranks at once.
-
-    Args:
-        env: launch.RankEnv.
-        backend: `nccl`, `gloo`, `local`, or `auto`: NCCL on CUDA, gloo on the CPU.
-        device: `cpu` or `cuda`; a rank takes the GPU of its number on this node.
-    """
-    place = torch.device("cuda", env.local_rank) if device == "cuda" else torch.device("cpu")
-    if backend == "local":
-        run_local(fn, tp_size, device=place)
-        return
-    comm = join_group(env, {"auto": "nccl" if device == "cuda" else "gloo"}.get(backend, backend), place)
     try:
-        fn(comm)
+        yield TorchCommunicator(device=device, heartbeat=env.heartbeat, timeout_s=timeout_s)
     finally:
         dist.destroy_process_group()
-
-
-def run_local(fn: Callable, tp_size: int, *args, device: torch.device | str = "cpu") -> list:
-    """fn(comm, *args) on tp_size threads of this process; results in rank order.
-
-    Args:
-        fn: called once a rank, with that rank's communicator first. It builds its own model: ranks share the process,
-            not their modules.
-
-    Raises:
-        The first failing rank's exception.
-    """
-    if tp_size < 1:
-        raise ValueError(f"tp_size={tp_size}: at least one rank is needed")
-    meeting = _Meeting(tp_size)
-    results: list = [None] * tp_size
-    errors: list[BaseException] = []
-    consequences: list[BaseException] = []
-    num_threads = torch.get_num_threads()
-
-    def work(rank: int) -> None:
-        torch.set_num_threads(max(1, num_threads // tp_size))
-        try:
-            results[rank] = fn(LocalCommunicator(rank, meeting, device), *args)
-            meeting.leave(rank)
-        except threading.BrokenBarrierError as error:  # another rank failed and left the meeting
-            consequences.append(error)
-        except BaseException as error:
-            errors.append(error)
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,), name=f"rank {rank}") for rank in range(tp_size)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:
-        meeting.barrier.abort()  # after Ctrl-C: the ranks end at their next collective
-        torch.set_num_threads(num_threads)
-    for error in errors or consequences:
-        raise error
-    return results

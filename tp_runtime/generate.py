@@ -1,6 +1,6 @@
 """python -m tp_runtime.generate: text from a checkpoint, tensor-parallel, from one command.
 
-parse     flags, generated from the fields of RuntimeConfig and GenerationOptions
+flags     generated from the fields of RuntimeConfig and GenerationOptions
 prepare   every check that needs no torch; then the tokens of the prompts; exit 2 with one line if anything cannot work
 launch    start the ranks, or be one that torchrun started
 run       each rank: join, agree, load its slices, generate
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,16 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import preflight
+from . import flags, preflight, sums
 from .config import GenerationOptions, RuntimeConfig
+from .display import Display
 from .env import versions
 from .launch import RankEnv, joined, launch
 from .models.adapter import adapter_for
 from .plan import Plan, make_plan
 from .preflight import Checkpoint
-
-DEMO_PROMPTS = ("27+58=", "99+1=", ">7+3=")
-PROG = "python -m tp_runtime.generate"
 
 
 @dataclass
@@ -69,71 +66,13 @@ class Run:
             self.prompt_ids.append(ids)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of DESIGN.md section 4; those with a default take it from the config classes."""
-    p = _Parser(PROG, description=__doc__.split("\n\n")[0].split(": ", 1)[1], allow_abbrev=False)
-    p.add_argument(
-        "--model", default="demo:llama", metavar="PATH|ID", help="checkpoint folder, Hub id, demo:llama or demo:mixtral"
-    )
-    p.add_argument(
-        "--tp", "-tp", "--tp-size", "--tensor-parallel-size", type=int, metavar="N",
-        help="ranks, from 1 to the number of query heads; default: torchrun's, 2 for the demo, else 1",
-    )  # fmt: skip
-    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated: one batch")
-    p.add_argument("--prompt-file", metavar="F", help="one prompt a line; -: standard input")
-    p.add_argument("--chat", action="store_true", help="wrap each prompt in the tokenizer's chat template")
-    for cls in (GenerationOptions, RuntimeConfig):
-        for field in dataclasses.fields(cls):
-            if "help" in field.metadata:
-                _add_flag(p, field)
-    p.add_argument(
-        "--plan", action="store_true", help="print who holds what and exit: no weights, no GPU, no processes"
-    )
-    p.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    p.add_argument("--no-stream", action="store_true", help="print each text when it is complete")
-    return p
-
-
-def _add_flag(p: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    names = ["--" + name.replace("_", "-") for name in field.metadata["aliases"] or (field.name,)]
-    kind, default = str(field.type).split(" ")[0], field.default
-    text = field.metadata["help"] + ("" if default in (None, (), False) else f"; default: {default}")
-    if kind == "bool":
-        p.add_argument(*names, dest=field.name, action="store_true", help=text)
-    elif kind.startswith("tuple"):
-        p.add_argument(
-            *names, dest=field.name, action="append", default=[], metavar=field.metadata["metavar"], help=text
-        )
-    else:
-        as_type = {"int": int, "float": float, "str": str}[kind]
-        p.add_argument(
-            *names, dest=field.name, type=as_type, default=default, help=text,
-            choices=field.metadata["choices"], metavar=field.metadata["metavar"],
-        )  # fmt: skip
-
-
-def _with_dashes(argv: Sequence[str]) -> list[str]:
-    """`--max_new_tokens` is `--max-new-tokens`, as with torchrun; values stay as they are."""
-    return [re.sub("_", "-", a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
-
-
-def _from_flags(cls, args: argparse.Namespace):
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
 def prepare(args: argparse.Namespace, env: RankEnv | None) -> Run:
     """Everything that can be checked without torch.
 
     Raises:
         ValueError: it cannot work; one line that says why and what to do.
     """
-    config, options = _from_flags(RuntimeConfig, args), _from_flags(GenerationOptions, args)
+    config, options = flags.config_of(RuntimeConfig, args), flags.config_of(GenerationOptions, args)
     is_demo = args.model.startswith("demo:")
     tp_size = args.tp if args.tp is not None else env.world_size if env else 2 if is_demo else 1
     if env and config.backend != "local" and tp_size != env.world_size:
@@ -153,7 +92,7 @@ def prepare(args: argparse.Namespace, env: RankEnv | None) -> Run:
     if not prompts:
         if not is_demo:
             raise ValueError("nothing to continue: give --prompt TEXT or --prompt-file F")
-        prompts = list(DEMO_PROMPTS)
+        prompts = list(sums.PROMPTS)
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError("an empty prompt: give --prompt some text")
     ranks_here = 1 if config.backend == "local" else env.local_world_size if env else tp_size
@@ -205,7 +144,7 @@ def run_rank(comm, run: Run) -> None:
     load_s = time.perf_counter() - started
 
     engine = Engine(model, run.tokenizer, run.checkpoint.config, run.checkpoint.generation_config)
-    show = _Display(run.prompts) if comm.rank == 0 and run.is_streaming else None
+    show = Display(run.prompts) if comm.rank == 0 and run.is_streaming else None
     comm.reset_clock()
     completions, timing = engine.generate(run.prompts, run.prompt_ids, run.options, show)
     comm.heartbeat.beat("report")
@@ -235,24 +174,6 @@ def _what_must_agree(run: Run) -> dict[str, object]:
     }
 
 
-class _Display:
-    """Streams text to stdout: one prompt as it comes, several line by line with the prompt's number before each."""
-
-    def __init__(self, prompts: Sequence[str]):
-        self.is_single = len(prompts) == 1
-        self.lines = ["" for _ in prompts]
-
-    def __call__(self, index: int, piece: str, is_last: bool) -> None:
-        if self.is_single:
-            sys.stdout.write(piece + "\n" * is_last)
-        else:
-            *complete, self.lines[index] = (self.lines[index] + piece).split("\n")
-            if is_last:
-                complete.append(self.lines[index])
-            sys.stdout.writelines(f"[{index}] {line}\n" for line in complete)
-        sys.stdout.flush()
-
-
 def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], device: str) -> None:
     from .report import report_line, run_report
 
@@ -271,10 +192,10 @@ def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], devic
     if run.is_json:
         print(json.dumps({"completions": [dataclasses.asdict(c) for c in completions], "report": report}), flush=True)
     elif not run.is_streaming:
-        display = _Display(run.prompts)
+        display = Display(run.prompts)
         for index, completion in enumerate(completions):
             display(index, completion.text, True)
-    wrong = _verify_demo(completions) if run.checkpoint.name.startswith("demo:") and not run.chat else []
+    wrong = sums.verify(completions) if run.checkpoint.name.startswith("demo:") and not run.chat else []
     print(report_line(report), file=sys.stderr, flush=True)
     if wrong:
         raise SystemExit(
@@ -282,42 +203,11 @@ def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], devic
         )
 
 
-def _verify_demo(completions) -> list[str]:
-    """Says of each sum and chain whether it is right; returns the wrong sums. Chains are trained, but not promised."""
-    wrong = []
-    for completion in completions:
-        if (check := check_sum(completion.prompt, completion.text)) is not None:
-            print(f"{'verified' if check[0] else 'wrong'}: {check[1]}", file=sys.stderr)
-            if not check[0] and not completion.prompt.startswith(">"):
-                wrong.append(check[1])
-    return wrong
-
-
-def check_sum(prompt: str, text: str) -> tuple[bool, str] | None:
-    """Whether the demo's answer is arithmetic: (right, the sums). None for a prompt that is no sum.
-
-    `27+58=` is answered by `85`; the chain `>7+3=` by `10;10+3=13;13+3=16;` and so on; its last sum may be cut off.
-    """
-    match = re.fullmatch(r"(>?)(\d{1,2})\+(\d{1,2})=", prompt.replace(" ", ""))
-    if match is None:
-        return None
-    is_chain, first, second = match[1] != "", int(match[2]), int(match[3])
-    if not is_chain:
-        return text == str(first + second), f"{first}+{second}={text}"
-    sums = (f"{first}+{second}=" + text).split(";")
-    complete = sums if len(sums) == 1 else sums[:-1]
-    right, value = True, first
-    for line in complete:
-        right = right and line == f"{value}+{second}={value + second}"
-        value += second
-    return right, "; ".join(complete)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     env = None
     try:
-        args = parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+        args = flags.parse(sys.argv[1:] if argv is None else argv)
         env = joined(args.timeout_s)
         run = prepare(args, env)
         if args.plan:
@@ -351,7 +241,7 @@ def _preload(run: Run) -> None:
 
 
 def _run_forked(env: RankEnv, run: Run) -> None:
-    from .comm import run_ranks
+    from .local import run_ranks
 
     run_ranks(env, run.config.backend, run.device, run.plan.tp_size, lambda comm: run_rank(comm, run))
 

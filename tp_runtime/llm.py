@@ -193,9 +193,9 @@ def main(job_text: str) -> None:
 
 def _answer_requests(env: RankEnv, job: dict) -> None:
     """One rank: load, say so, then answer until the owner closes the pipe."""
-    from .comm import run_ranks
     from .engine import Engine
     from .loading import load_checkpoint
+    from .local import run_ranks
     from .text import load_tokenizer
 
     config = RuntimeConfig(**job["config"])

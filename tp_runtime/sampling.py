@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .comm import Communicator, LocalCommunicator
+from .comm import Communicator
+from .local import LocalCommunicator
 
 _DRAWS = frozenset(
     {torch.multinomial, torch.Tensor.multinomial, torch.rand, torch.rand_like, torch.randint, torch.bernoulli}

@@ -1,0 +1,146 @@
+"""`rope_and_cache` and `decode_attention` for one new token of each sequence, in one launch: at decode, a launch less.
+
+    q, k, v = heads of qkv;  q, k = rope(norm(q)), rope(norm(k));  k, v into the cache;  o = attention(q, keys, values)
+
+Each program rotates the few query heads that it needs; the one with part 0 of a sequence also makes k and writes k and
+v into the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .decode_attention import check_attention, decode_attention_ref, is_known
+from .decode_attention_kernel import New, run
+from .rope import check_rope, rope_and_cache, rope_and_cache_ref
+
+
+def rope_decode_attention_ref(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    signed_sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: int | torch.Tensor,
+    scale: float,
+    kv_of_query: tuple[int, ...] | None = None,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> torch.Tensor:
+    """`rope_decode_attention`, one after the other."""
+    place = int(positions) if not isinstance(positions, int) and positions.numel() == 1 else positions
+    norm = (q_weight, k_weight, eps, unit_offset)
+    q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, place, *norm)
+    return _attend(decode_attention_ref, q, keys, values, place, scale, kv_of_query, mask, window, softcap, sinks)
+
+
+def _attend(attention, q, keys, values, positions, scale, kv_of_query, mask, *options) -> torch.Tensor:
+    """Attention over a cache that holds the tokens up to `positions`, an int or a tensor."""
+    if isinstance(positions, int):
+        lengths, held = None, positions + 1
+    else:
+        lengths, held = (positions.reshape(-1) + 1).expand(len(q)), keys.shape[2]
+    keys, values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
+    return attention(q, keys, values, scale, kv_of_query, lengths, None if mask is None else mask[..., :held], *options)
+
+
+def rope_decode_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    signed_sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: int | torch.Tensor,
+    scale: float,
+    kv_of_query: tuple[int, ...] | None = None,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> torch.Tensor:
+    """Attention of one new token of each sequence over its cache, into which its k and v are written as well.
+
+    Args:
+        qkv, cos, signed_sin, q_weight, k_weight, eps, unit_offset: as `rope_and_cache` takes them, with S = 1.
+        keys, values: [B, H_kv, S_max, D], all of the cache; any strides but the last.
+        positions: each sequence's place of the new token, and so how many it holds: an int or a tensor of one element
+            for all of them, or [B, 1].
+        scale, kv_of_query, window, softcap, sinks: as `decode_attention` takes them.
+        mask: [B or 1, H_q or 1, 1, S], bool or float, with S behind every position; as there.
+
+    Returns:
+        [B, 1, H_q * D] in qkv's dtype. The same bits at each run.
+
+    Raises:
+        ValueError: shapes that do not fit; a head map out of range; more than one token; positions past the cache or
+            the mask, where the host knows them (else such a token attends, but is not written).
+
+    Numerics: as the two ops, but the new token's own share is not rounded. What `decode_attention` leaves to torch goes
+    there, after `rope_and_cache`.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    options = (scale, kv_of_query, mask, window, softcap, sinks, q_weight, k_weight, eps, unit_offset)
+    if not is_compiling and not qkv.is_cuda:
+        return rope_decode_attention_ref(qkv, cos, signed_sin, keys, values, positions, *options)
+    launch = torch.ops.tp_runtime.rope_decode_attention if is_compiling else _op
+    if isinstance(positions, int):
+        return launch(qkv, cos, signed_sin, keys, values, None, positions, *options)
+    return launch(qkv, cos, signed_sin, keys, values, positions, 0, *options)
+
+
+_library = torch.library.Library("tp_runtime", "FRAGMENT")
+_library.define(
+    "rope_decode_attention(Tensor qkv, Tensor? cos, Tensor? signed_sin, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor? positions, SymInt first, float scale, int[]? kv_of_query=None, Tensor? mask=None, int? window=None, "
+    "float? softcap=None, Tensor? sinks=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, "
+    "bool unit_offset=False) -> Tensor"
+)
+
+
+def _op(
+    qkv, cos, signed_sin, keys, values, positions, first, scale,
+    kv_of_query=None, mask=None, window=None, softcap=None, sinks=None,
+    q_weight=None, k_weight=None, eps=1e-6, unit_offset=False,
+):  # fmt: skip
+    if qkv.shape[1] != 1:
+        raise ValueError(f"qkv {[*qkv.shape]} holds {qkv.shape[1]} tokens a sequence: use rope_and_cache for several")
+    check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight)
+    batch, num_kv_heads, capacity, head_dim = keys.shape
+    needed = first + 1 if positions is None else capacity
+    if mask is not None and mask.shape[-1] < needed:
+        raise ValueError(f"mask {[*mask.shape]} does not reach the token at {needed - 1}")
+    kv_of_query = None if kv_of_query is None else tuple(kv_of_query)
+    q = qkv.unflatten(2, (-1, head_dim)).transpose(1, 2)[:, : -2 * num_kv_heads]
+    of_cache = None if mask is None else mask[..., :1].expand(*mask.shape[:3], capacity)
+    check_attention(q, keys, values, kv_of_query, None, of_cache, sinks)
+    where = first if positions is None else positions
+    norm = (q_weight, k_weight, eps, unit_offset)
+    if not qkv.is_cuda:
+        options = (scale, kv_of_query, mask, window, softcap, sinks, *norm)
+        return rope_decode_attention_ref(qkv, cos, signed_sin, keys, values, where, *options)
+    if not is_known(q, keys, kv_of_query):
+        q = rope_and_cache(qkv, cos, signed_sin, keys, values, where, *norm)
+        return _attend(decode_attention_ref, q, keys, values, where, scale, kv_of_query, mask, window, softcap, sinks)
+    if cos is not None:
+        cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
+    new, ahead = New(cos, signed_sin, *norm), first + 1
+    return run(q, keys, values, scale, kv_of_query, positions, mask, window, softcap, sinks, new=new, ahead=ahead)
+
+
+@torch.library.register_fake("tp_runtime::rope_decode_attention", lib=_library)
+def _fake(qkv, cos, signed_sin, keys, *options, **named):
+    return qkv.new_empty(len(qkv), 1, qkv.shape[2] - 2 * keys.shape[1] * keys.shape[3])
+
+
+_library.impl("rope_decode_attention", _op, "CPU")
+_library.impl("rope_decode_attention", _op, "CUDA")

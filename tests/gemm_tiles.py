@@ -1,0 +1,20 @@
+"""Small tiles for the interpreter: every kernel of gemm and gated_gemm, in each way that it can be made to run."""
+
+from interpreted import interpreted
+
+_launch = interpreted("gemm_launch")
+Vector, Decode, Prefill = _launch.Vector, _launch.Decode, _launch.Prefill
+
+# Name -> (kernel, configuration, M, N, K). Sizes lie off the grid; those of prefill at multiples of 16 bytes.
+TILES = {
+    "vector": ("vector", Vector(block_n=8, block_k=32, num_warps=4, num_stages=2), 1, 70, 45),
+    "decode": ("decode", Decode(block_n=32, block_k=16, programs_per_sm=0, num_warps=4, num_stages=2), 5, 70, 45),
+    "decode, 1 token": ("decode", Decode(32, 32, 0, 4, 2), 1, 70, 45),
+    "decode, 33 tokens": ("decode", Decode(32, 32, 0, 4, 2), 33, 70, 45),
+    "decode, K in 2 and 1 steps": ("decode", Decode(32, 16, 2, 4, 2), 5, 70, 45),
+    "decode, one step a program": ("decode", Decode(16, 16, 16, 4, 2), 33, 70, 45),
+    "prefill": ("prefill", Prefill(32, 32, 16, group_m=2, num_warps=4, num_stages=2), 33, 72, 48),
+    "prefill, ragged groups": ("prefill", Prefill(16, 16, 32, group_m=4, num_warps=4, num_stages=2), 90, 72, 40),
+    "prefill, flat": ("prefill", Prefill(32, 16, 16, 2, 4, 2, flatten=True), 33, 72, 48),
+    "prefill, specialised": ("prefill", Prefill(32, 32, 16, 2, 4, 2, specialize=True), 33, 72, 48),
+}
