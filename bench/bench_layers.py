@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.experts import ParallelExperts
 from tp_runtime.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from tp_runtime.overlap import Overlap
 
 NUM_COPIES = 8
 SIDES = ("torch", "ours")
@@ -57,7 +58,7 @@ def linear(shape: str, dtype: torch.dtype) -> torch.nn.Module:
     n, k = LINEARS[shape]
     like = torch.empty(0, dtype=dtype)
     if " o " in shape or " down " in shape:
-        layer = RowParallelLinear(k, n, False, like, NullCommunicator(0, 4))
+        layer = RowParallelLinear(k, n, False, like, Overlap(NullCommunicator(0, 4)))
     else:
         layer = ColumnParallelLinear({"": n}, k, False, like)
     layer.weight.data.uniform_(-0.05, 0.05)
@@ -111,7 +112,7 @@ def test_experts(benchmark, shape, num_tokens, side):
     sizes = {"num_experts": num_experts, "moe_intermediate_size": width, "hidden_size": hidden}
     config = AutoConfig.for_model("qwen3_moe", **sizes, num_experts_per_tok=top_k, experts_implementation="eager")
     theirs = Qwen3MoeExperts(config).to(torch.bfloat16)
-    ours = ParallelExperts(num_experts, width, hidden, "silu", like, NullCommunicator(0, 8))
+    ours = ParallelExperts(num_experts, width, hidden, "silu", like, Overlap(NullCommunicator(0, 8)))
     for name in ("gate_up_proj", "down_proj"):
         getattr(ours, name).data = getattr(theirs, name).data.uniform_(-0.05, 0.05)
 

@@ -114,7 +114,7 @@ def _attention_shape_cases(arch: int) -> Iterator[Case]:
     launch = functools.partial(kernels.run, q, keys, keys, 0.1)
     yield Case(
         "decode_attention", "split", arch, dtype, "B=1 H=8 S_q=4 D=128", launch,
-        tensor_cores=TENSOR_CORES[80], has_wide_loads=True,
+        tensor_cores=TENSOR_CORES[arch], has_wide_loads=True,
     )  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def run(
     rows, block_d = triton.next_power_of_2(group * length), triton.next_power_of_2(head_dim)
     block_s = max(16, config.tile_kib * 1024 // (block_d * q.element_size()))
     places = (num_sms or target.num_sms(q.device)) * config.programs_per_sm
-    max_splits = min(max(1, places // (batch * num_kv_heads)), MAX_PARTS, 1024 // rows)
+    max_splits = min(max(1, places // (batch * num_kv_heads)), MAX_PARTS, 2048 // rows)
     most = triton.next_power_of_2(max_splits)
     splits = _parts(ahead if lengths is None else capacity, rows, length, block_s, window, max_splits)
     partials = arrived = None
@@ -299,6 +299,7 @@ def run(
     is_bool = mask is not None and mask.dtype == torch.bool
     if mask is not None:
         mask = (mask.view(torch.uint8) if is_bool else mask).expand(batch, num_heads, length, -1)
+    few = rows <= 16  # else as many as the tensor cores from sm_90 on take at a time
     cos, signed_sin, q_weight, k_weight, eps, unit_offset = new or New(None, None, None, None, 0.0, False)
     _decode_attention_kernel[(splits, num_kv_heads, batch)](
         q, keys, values, heads, lengths, mask, sinks, y, partials, arrived, cos, signed_sin, q_weight, k_weight,
@@ -308,8 +309,8 @@ def run(
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *((0, 0, 0) if mask is None else mask.stride()[:3]),
         D=head_dim, GROUP=group, S_Q=length, ROWS=rows, MERGE=min(most, max(1, _MERGED // (rows * block_d))),
         MAX_SPLITS=most, IS_BOOL=is_bool, IS_NEW=new is not None, R=head_dim if cos is None else cos.shape[-1],
-        UNIT_OFFSET=unit_offset, BLOCK_M=max(16, rows), BLOCK_S=block_s, BLOCK_D=block_d,
-        PDL=target.has_pdl(), num_warps=8 if rows > 16 else config.num_warps, num_stages=config.num_stages,
+        UNIT_OFFSET=unit_offset, BLOCK_M=16 if few else 64, BLOCK_S=block_s, BLOCK_D=block_d,
+        PDL=target.has_pdl(), num_warps=config.num_warps if few else 8, num_stages=config.num_stages,
         **target.launch_options(),
     )  # fmt: skip
     return y

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .gemm import check_operands
 from .gemm_launch import Config, Decode, Prefill, Vector, candidates_for, chosen, launch
@@ -127,7 +127,7 @@ def gated_gemm(
 
     Numerics: the kernels accumulate in fp32, and round once, after the product.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         y = torch.ops.tp_runtime.gated_gemm(x, w_gate, w_up, bias, activation, num_sms)
         return y if out is None else out.copy_(y)
     if x.is_cuda:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .gemm_launch import Config, Decode, Prefill, Vector, candidates_for, chosen, launch
 from .tuned import TORCH
@@ -125,7 +125,7 @@ def gemm(
 
     Numerics: the kernels accumulate in fp32 and round once, after bias and residual; torch also before the residual.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         y = torch.ops.tp_runtime.gemm(x, w, bias, residual, num_sms)
         return y if out is None else out.copy_(y)
     if x.is_cuda:

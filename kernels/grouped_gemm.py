@@ -66,10 +66,10 @@ def candidates(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str
         yield from (("decode", config) for config in CANDIDATES["decode"])
     if m > 4:
         has_tma = arch() >= 90 and n * dtype.itemsize % 16 == 0 == k * dtype.itemsize % 16
-        most = 64 if arch() >= 100 else 128  # there, wider tiles leave the epilogue too few registers
+        most = 64 * 64 if arch() >= 100 else 128 * 128  # there, larger tiles leave the epilogue too few registers
         for config in CANDIDATES["prefill"]:
             assert isinstance(config, Prefill)
-            if config.tma == has_tma and config.block_n <= most:
+            if config.tma == has_tma and config.block_m * config.block_n <= most:
                 yield "prefill", config
 
 

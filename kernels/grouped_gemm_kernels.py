@@ -292,8 +292,8 @@ def _combine_kernel(
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for j in range(TOP_K):
         expert = tl.load(index_ptr + token * TOP_K + j)
-        is_there = (expert >= 0) & (expert < num_experts)
-        acc += tl.load(parts_ptr + (token * TOP_K + j) * H + offs, mask=is_there & (offs < H), other=float("nan"))
+        there = tl.where((expert >= 0) & (expert < num_experts), H, 0)  # columns that were computed
+        acc += tl.load(parts_ptr + (token * TOP_K + j) * H + offs, mask=offs < there, other=float("nan"))
     tl.store(y_ptr + token * H + offs, acc.to(y_ptr.dtype.element_ty), mask=offs < H)
 
 

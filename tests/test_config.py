@@ -18,6 +18,7 @@ NAN, INF = math.nan, math.inf
         ("dtype", None, "must be of type str"),
         ("device", "tpu", "choose one of auto, cpu, cuda"),
         ("backend", "mpi", "choose one of auto, nccl, gloo, local"),
+        ("overlap", "rows", "choose one of auto, off, columns, lanes"),
         ("timeout_s", 0, "must be a number of seconds above 0"),
         ("timeout_s", -1.5, "must be a number of seconds above 0"),
         ("timeout_s", NAN, "must be a number of seconds above 0"),
@@ -98,7 +99,7 @@ def test_edges_are_allowed():
 
 def test_defaults_are_valid_and_say_nothing():
     """Catches a default that overrides generation_config.json: what decides tokens is None unless asked for."""
-    assert RuntimeConfig() == RuntimeConfig("auto", "auto", "auto", 300.0, None, False)
+    assert RuntimeConfig() == RuntimeConfig("auto", "auto", "auto", "auto", 300.0, None, False)
     options = dataclasses.asdict(GenerationOptions())
     assert {name for name, value in options.items() if value is not None} == {"max_new_tokens", "stop"}
 

@@ -22,6 +22,7 @@ from tp_runtime.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from tp_runtime.overlap import Overlap
 from tp_runtime.plan import cut
 
 SIZES = (1, 2, 3, 4, 5)
@@ -81,7 +82,7 @@ def gated_columns_whole(x, gate, up, bias):
 def rows(comm, dtype: torch.dtype) -> torch.Tensor:
     x, weight, bias = rows_args(dtype)
     a, b = part(comm, K)
-    layer = RowParallelLinear(b - a, N, True, x, comm)
+    layer = RowParallelLinear(b - a, N, True, x, Overlap(comm))
     fill(layer, "down_proj", down_proj__weight=weight[:, a:b], down_proj__bias=bias)
     return layer(x[..., a:b])
 
@@ -112,7 +113,7 @@ head_whole = F.linear
 def experts(comm, dtype: torch.dtype, top_k_index: torch.Tensor | None = None) -> torch.Tensor:
     x, index, top_k_weights, gate_up, down = experts_args(dtype, top_k_index)
     a, b = part(comm, K)
-    layer = ParallelExperts(E, b - a, H, "silu", x, comm)
+    layer = ParallelExperts(E, b - a, H, "silu", x, Overlap(comm))
     rows = torch.cat((gate_up[:, a:b], gate_up[:, K + a : K + b]), dim=1)
     fill(layer, "experts", experts__gate_up_proj=rows, experts__down_proj=down[..., a:b])
     return layer(x, index, top_k_weights)
@@ -278,10 +279,10 @@ def test_layers_show_their_local_shapes():
     q_k_v = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
     shown = {
         QKVParallelLinear(q_k_v, H, True, like): "out_features_local=8 (q_proj 4 + k_proj 2 + v_proj 2), bias=True",
-        RowParallelLinear(7, N, False, like, comm): f"in_features_local=7, out_features={N}, bias=False",
+        RowParallelLinear(7, N, False, like, Overlap(comm)): f"in_features_local=7, out_features={N}, bias=False",
         VocabParallelEmbedding((4, 8), V, H, like, comm): f"vocab=[4, 8) of {V}, hidden_size={H}",
         ParallelLMHead(cut(V, 3, 4), H, like, comm): f"in_features={H}, vocab=[8, 12) of {V}",
-        ParallelExperts(E, 5, H, "silu", like, comm): f"num_experts={E}, hidden_size={H}, width_local=5",
+        ParallelExperts(E, 5, H, "silu", like, Overlap(comm)): f"num_experts={E}, hidden_size={H}, width_local=5",
     }
     for layer, text in shown.items():
         assert text in repr(layer)

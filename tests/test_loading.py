@@ -132,7 +132,7 @@ def test_each_rank_reads_its_own_bytes(name, tp_size, folder_of):
 
     def run(comm):
         read: list[int] = []
-        model = load_checkpoint(check_checkpoint(folder_of(name)), comm, on_read=read.append)
+        model = load_checkpoint(check_checkpoint(folder_of(name)), comm, RuntimeConfig(), on_read=read.append)
         return sum(read), tp_runtime.make_plan(model.config, comm.size).weight_bytes(comm.rank)
 
     for read, held in tp_runtime.run_local(run, tp_size):

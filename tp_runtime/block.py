@@ -175,7 +175,7 @@ class ParallelAttention(nn.Module):
     def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
         """q and k normalised over all ranks' heads, by one all-reduce of two numbers a token; clipped, and v too."""
         q, k, v = qkv.split([heads * self.head_dim for heads in (*self._split_q_k, self._split_qk_v[1])], -1)
-        squares = self.o_proj.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
+        squares = self.o_proj.overlap.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
         qkv = torch.cat((self.q_norm(q, squares[..., :1]), self.k_norm(k, squares[..., 1:]), v), -1)
         clip = self.config.clip_qkv
         return qkv if clip is None else qkv.clamp_(-clip, clip)

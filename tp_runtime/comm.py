@@ -30,6 +30,13 @@ from .heartbeat import Heartbeat
 from .peer_memory import SLOT_BYTES, PeerMemory, open_peer_memory
 
 
+class Handle:
+    """A collective that has been started."""
+
+    def __init__(self, wait: Callable[[], object] = lambda: None):
+        self.wait = wait
+
+
 class Communicator(ABC):
     """`rank` of `size`, tensors on `device`. Every rank calls the collectives in the same order, or nobody returns.
 
@@ -45,6 +52,15 @@ class Communicator(ABC):
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns `x`. Same bits on every rank."""
+
+    def all_reduce_async(self, x: torch.Tensor) -> Handle:
+        """Starts `all_reduce(x)`. `x` is the sum once the handle's `wait` has returned; until then leave it alone.
+
+        On a GPU the current stream waits, not the host. A communicator that cannot do two things at once has finished
+        when this returns.
+        """
+        self.all_reduce(x)
+        return Handle()
 
     @abstractmethod
     def all_gather(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -191,12 +207,27 @@ class TorchCommunicator(Communicator):
         if (peers := self._peers) and x.nbytes <= SLOT_BYTES:
             parts = self._timed("all_reduce", lambda: peers.exchange(x, [x.shape] * self.size))
             return x.copy_(sum_in_rank_order(parts))
+        self._start_all_reduce(x).wait()
+        return x
+
+    def all_reduce_async(self, x):
+        if is_dynamo_compiling() or (self._peers and x.nbytes <= SLOT_BYTES):
+            return super().all_reduce_async(x)
+        return self._start_all_reduce(x)
+
+    def _start_all_reduce(self, x: torch.Tensor) -> Handle:
         if not x.numel():
-            return x
+            return Handle()
         # gloo rounds after each addition; of two ranks there is but one.
         wide = x.float() if x.dtype in _HALF and self.size > 2 and self.device.type == "cpu" else x
-        self._timed("all_reduce", lambda: self.group.allreduce([wide]).wait())
-        return x if wide is x else x.copy_(wide)
+        work = self.group.allreduce([wide])
+
+        def wait():
+            self._timed("all_reduce", work.wait)
+            if wide is not x:
+                x.copy_(wide)
+
+        return Handle(wait)
 
     def all_gather(self, x, lengths):
         if self.size == 1:

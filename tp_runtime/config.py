@@ -53,6 +53,11 @@ class RuntimeConfig:
         "collectives; auto: nccl on CUDA, gloo on the CPU; local: all ranks as threads of one process",
         choices=("auto", "nccl", "gloo", "local"),
     )
+    overlap: str = _option(
+        "auto",
+        "hide the all-reduces of a prefill behind its compute; auto: what is measured to be the fastest",
+        choices=("auto", "off", "columns", "lanes"),
+    )
     timeout_s: float = _option(300.0, "give up when a rank makes no progress for S seconds", "timeout", metavar="S")
     revision: str | None = _option(None, "branch, tag or commit of a Hub id", metavar="REV")
     trust_remote_code: bool = _option(False, "run code that comes with the checkpoint's tokenizer")

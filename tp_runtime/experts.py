@@ -21,11 +21,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .comm import Communicator
 from .kernels.grouped_gemm import experts
 from .kernels.routing import route
 from .model_config import FUSED_ACTIVATIONS
 from .models.adapter import Routing
+from .overlap import Overlap, all_reduce
 
 
 class ParallelExperts(nn.Module):
@@ -52,12 +52,12 @@ class ParallelExperts(nn.Module):
         hidden_size: int,
         activation: str,
         like: torch.Tensor,
-        comm: Communicator,
+        overlap: Overlap,
         is_transposed: bool = False,
         weigh_input: bool = False,
     ):
         super().__init__()
-        self.num_experts, self.width, self.hidden_size, self.comm = num_experts, width, hidden_size, comm
+        self.num_experts, self.width, self.hidden_size, self.overlap = num_experts, width, hidden_size, overlap
         self.activation = FUSED_ACTIVATIONS[activation]
         self.is_transposed, self.weigh_input = is_transposed, weigh_input
         gate_up, down = (2 * width, hidden_size), (hidden_size, width)
@@ -95,7 +95,7 @@ class ParallelExperts(nn.Module):
         Returns:
             [T, H], the same bits on every rank.
         """
-        return self.comm.all_reduce(self.partial(hidden_states, top_k_index, top_k_weights))
+        return all_reduce(self.partial(hidden_states, top_k_index, top_k_weights), self.overlap)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.{key}": weight.detach() for key, weight in self._parameters.items()}
@@ -140,7 +140,7 @@ class ParallelMoE(nn.Module):
         shared_gate: nn.Module | None = None,
     ):
         super().__init__()
-        self.comm, self.routing = experts.comm, routing
+        self.overlap, self.routing = experts.overlap, routing
         self.add_module(routing.router, router)
         self.experts = experts
         if shared is not None:
@@ -161,7 +161,7 @@ class ParallelMoE(nn.Module):
             if routing.shared_gate:
                 shared = shared * F.linear(x, modules[routing.shared_gate].weight.detach()).sigmoid()
             y = y.add_(shared)
-        y = self.comm.all_reduce(y).view(hidden_states.shape)
+        y = all_reduce(y, self.overlap).view(hidden_states.shape)
         return (y, logits) if routing.returns_logits else y
 
 

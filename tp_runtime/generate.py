@@ -137,7 +137,7 @@ def run_rank(comm, run: Run) -> None:
             comm.heartbeat.beat()
             bar.update(num_bytes)
 
-        model = load_checkpoint(run.checkpoint, comm, run.config.dtype, on_read)
+        model = load_checkpoint(run.checkpoint, comm, run.config, on_read)
     if comm.rank == 0:
         _tell_unused(run.checkpoint)
     comm.barrier()

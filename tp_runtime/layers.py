@@ -21,7 +21,7 @@ from torch import nn
 from .comm import Communicator
 from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
-from .overlap import row_parallel
+from .overlap import Overlap, row_parallel
 from .plan import Range
 
 
@@ -80,16 +80,16 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once; same bits everywhere."""
 
-    def __init__(self, in_features_local: int, out_features: int, bias: bool, like: torch.Tensor, comm: Communicator):
+    def __init__(self, in_features_local: int, out_features: int, bias: bool, like: torch.Tensor, overlap: Overlap):
         super().__init__()
-        self.comm = comm
+        self.overlap = overlap
         self.in_features_local, self.out_features = in_features_local, out_features
         self.weight = _parameter(out_features, in_features_local, like=like)
         self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 
     def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
         p = self._parameters
-        return row_parallel(x_shard_k, p["weight"], p["bias"], self.comm)
+        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         views = {f"{name}.weight": self.weight.detach()}

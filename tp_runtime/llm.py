@@ -204,7 +204,7 @@ def _answer_requests(env: RankEnv, job: dict) -> None:
         comm.heartbeat.beat("load")
         checkpoint = preflight.check_checkpoint(job["path"])
         tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
-        model = load_checkpoint(checkpoint, comm, config.dtype, lambda num_bytes: comm.heartbeat.beat())
+        model = load_checkpoint(checkpoint, comm, config, lambda num_bytes: comm.heartbeat.beat())
         engine = Engine(model, tokenizer, checkpoint.config, checkpoint.generation_config)
         reply = os.fdopen(job["reply"], "w") if comm.rank == 0 else None
 

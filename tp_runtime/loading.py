@@ -41,23 +41,23 @@ def load(path_or_id, group=None, config: RuntimeConfig | None = None) -> PreTrai
     if config.device not in ("auto", comm.device.type):
         raise ValueError(f"device={config.device!r}, but the group is on {comm.device.type}; pass one of that device")
     checkpoint = check_checkpoint(resolve(path_or_id, revision=config.revision))
-    return load_checkpoint(checkpoint, comm, config.dtype)
+    return load_checkpoint(checkpoint, comm, config)
 
 
 def load_checkpoint(
     checkpoint: Checkpoint,
     comm: Communicator,
-    dtype: str = "auto",
+    config: RuntimeConfig,
     on_read: Callable[[int], None] = lambda num_bytes: None,
 ) -> PreTrainedModel:
     """`load` of a checkpoint that was checked already."""
-    dtype = checkpoint.dtype if dtype == "auto" else dtype
+    dtype = checkpoint.dtype if config.dtype == "auto" else config.dtype
     hf_config = AutoConfig.from_pretrained(checkpoint.path)
     with _BUILDING, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype)).eval()
     if checkpoint.generation_config:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
-    patch(model, comm, make_plan(checkpoint.config, comm.size, dtype=dtype))
+    patch(model, comm, make_plan(checkpoint.config, comm.size, dtype=dtype), config)
     load_weights(model, checkpoint, on_read)
     return model
 

@@ -1,4 +1,4 @@
-"""A row-parallel GEMM and the all-reduce of its partial sums.
+"""A row-parallel GEMM and the all-reduce of its partial sums: which schedule, on which stream.
 
 The program, whatever the schedule:
 
@@ -6,22 +6,153 @@ The program, whatever the schedule:
     y = sum of y over ranks            same bits on every rank
     y = y + bias
 
-The one schedule of this file runs these lines in this order:
+    sequential   compute   [ gemm            ]                  [ next
+                 comm                         [ all-reduce      ]
 
-    compute   [ gemm ]
-    comm               [ all-reduce ]
+    columns      compute   [ gemm 0 ][ gemm 1 ]        [ next                   block j holds columns of y, rows of w:
+                 comm                [ reduce 0 ][ reduce 1 ]                     each weight is still read once
+
+    lanes        compute   [ A: gemm ][ B: ... gemm ][ A: next ... gemm ][ B:    two halves of the tokens, through all
+                 comm                 [ reduce A ]   [ reduce B ]                 layers: see lanes.py
+
+The compute stream is the current one. The other is the communicator's own: `all_reduce_async` lets it wait for the
+compute stream, and the handle's `wait` lets the compute stream wait for it; on a GPU the host waits for neither. A
+block lives until its handle has been waited for.
+
+Which schedule is the fastest is measured once for each size of GEMM, on the live group, by the slowest rank's clock.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .comm import Communicator
 from .kernels.gemm import gemm
 
+# Below, a collective is bound by latency, and two of half the size take twice as long (NCCL: 7 to 18 us a call).
+MIN_CUT_BYTES = 1 << 20
+_COLUMN_BLOCKS = (2, 4)
+_ROUNDS = 3
+
+
+class Schedule(NamedTuple):
+    """One way to run a row-parallel GEMM: its output in `blocks` blocks of columns."""
+
+    blocks: int = 1
+
+    def __str__(self) -> str:
+        return "sequential" if self.blocks == 1 else f"{self.blocks} column blocks"
+
+
+SEQUENTIAL = Schedule()
+
+
+class Measured(NamedTuple):
+    """Seconds of one row-parallel GEMM by the slowest rank: without its all-reduce, and under each schedule."""
+
+    compute_s: float
+    schedule_s: dict[Schedule, float]
+
+    def fastest(self) -> Schedule:
+        return min(self.schedule_s, key=self.schedule_s.__getitem__)
+
+
+class Lanes(Protocol):
+    """What `all_reduce` needs of lanes.Lanes."""
+
+    def switch(self) -> None: ...
+
+
+@dataclass
+class Overlap:
+    """How the row-parallel GEMMs of a model are scheduled, and what was measured to decide it.
+
+    Args:
+        comm: the ranks.
+        mode: auto; off (sequential), columns, lanes: always this one where the size allows it.
+    """
+
+    comm: Communicator
+    mode: str = "auto"
+    lanes: Lanes | None = None  # while the tokens run in two lanes
+    measured: dict[tuple, Measured] = field(default_factory=dict)  # by (bits of M, N, dtype)
+    lanes_s: dict[int, tuple[float, float]] = field(default_factory=dict)  # by bits of the number of tokens
+
+    def schedule(self, x: torch.Tensor, w: torch.Tensor) -> Schedule:
+        """The fastest for x [..., K] and w [N, K]; measures at the first call of a size, which every rank makes."""
+        n, k = w.shape
+        m = x.numel() // k if k else 0
+        if self.mode in ("off", "lanes") or m * n * x.element_size() < MIN_CUT_BYTES or is_dynamo_compiling():
+            return SEQUENTIAL
+        if self.mode == "columns":
+            return Schedule(_COLUMN_BLOCKS[-1])
+        key = (max(m - 1, 1).bit_length(), n, x.dtype)
+        if key not in self.measured:
+            if self.is_capturing():
+                return SEQUENTIAL
+            schedules = [SEQUENTIAL, *map(Schedule, _COLUMN_BLOCKS)]
+            runs = [lambda s=s: run(x, w, self.comm, s) for s in schedules]
+            compute_s, *schedule_s = self.slowest_s([lambda: gemm(x, w), *runs])
+            self.measured[key] = Measured(compute_s, dict(zip(schedules, schedule_s, strict=True)))
+        return self.measured[key].fastest()
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: no time for measurements."""
+        return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def slowest_s(self, runs: Sequence[Callable[[], object]]) -> list[float]:
+        """Seconds of each, by the slowest rank's clock: the same numbers on every rank, so that all decide alike.
+
+        The median of a few rounds after one to warm up. Every rank calls it, with the same runs.
+        """
+        rounds = [[self._seconds(run) for run in runs] for _ in range(1 + _ROUNDS)]
+        mine = [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
+        return [max(seconds) for seconds in zip(*self.comm.gather_json(mine), strict=True)]
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        self._finish_device()
+        began = time.perf_counter()
+        run()
+        self._finish_device()
+        return time.perf_counter() - began
+
+    def _finish_device(self) -> None:
+        if self.comm.device.type == "cuda":
+            torch.cuda.synchronize(self.comm.device)
+
+
+def all_reduce(y: torch.Tensor, overlap: Overlap) -> torch.Tensor:
+    """Sum over ranks of y, in place; meanwhile the other lane computes, where there is one."""
+    if overlap.lanes is None:
+        return overlap.comm.all_reduce(y)
+    handle = overlap.comm.all_reduce_async(y)
+    overlap.lanes.switch()
+    handle.wait()
+    return y
+
+
+def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
+    """sum over ranks of x @ w.T under a schedule with more than one block: [..., N], the same bits on every rank."""
+    if schedule.blocks == 1:
+        return comm.all_reduce(gemm(x_shard_k, w_shard_k))
+    blocks = []
+    for w_block in w_shard_k.chunk(schedule.blocks):
+        y_block = gemm(x_shard_k, w_block)
+        blocks.append((y_block, comm.all_reduce_async(y_block)))
+    for _, handle in blocks:
+        handle.wait()
+    return torch.cat([y_block for y_block, _ in blocks], dim=-1)
+
 
 def row_parallel(
-    x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, bias: torch.Tensor | None, comm: Communicator
+    x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, bias: torch.Tensor | None, overlap: Overlap
 ) -> torch.Tensor:
     """sum over ranks of x_shard_k @ w_shard_k.T, plus bias once.
 
@@ -33,5 +164,8 @@ def row_parallel(
     Returns:
         [..., N], the same bits on every rank.
     """
-    y = comm.all_reduce(gemm(x_shard_k, w_shard_k))
+    if overlap.lanes is not None or (schedule := overlap.schedule(x_shard_k, w_shard_k)) is SEQUENTIAL:
+        y = all_reduce(gemm(x_shard_k, w_shard_k), overlap)
+    else:
+        y = run(x_shard_k, w_shard_k, overlap.comm, schedule)
     return y if bias is None else y.add_(bias)

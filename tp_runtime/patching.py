@@ -15,7 +15,9 @@ from torch import nn
 from .comm import Communicator, communicator
 from .config import RuntimeConfig
 from .in_step import generate_in_step
+from .lanes import in_lanes
 from .models.adapter import Source, adapter_for
+from .overlap import Overlap
 from .plan import ITEM_BYTES, Plan, make_plan
 from .replacement import Patch, PatchReport, replace_modules
 from .shard import copies
@@ -56,13 +58,14 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     plan = plan or make_plan(model.config, comm.size, dtype=dtype)
     _check_plan(model, plan, comm)
 
-    state = Patch(comm, plan, adapter)
+    state = Patch(comm, plan, adapter, Overlap(comm, config.overlap if config else "auto"))
     replace_modules(model, state)
     state.report = PatchReport(
         plan.model_type, comm.rank, comm.size, tuple(state.replaced), plan.weight_bytes(comm.rank)
     )
     object.__setattr__(model, "_tp_runtime", state)
     state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
+    model.model.forward = in_lanes(model.model, state.overlap)
     model.generate = generate_in_step(model, comm)
     model.generate_batch = _refuse_continuous_batching
     model.save_pretrained = _refuse_to_save
@@ -99,6 +102,7 @@ def unpatch(model: nn.Module) -> None:
     for hook in state.hooks:
         hook.remove()
     del (
+        model.model.forward,
         model.generate,
         model.generate_batch,
         model.save_pretrained,

@@ -30,6 +30,7 @@ from .layers import (
     VocabParallelEmbedding,
 )
 from .models.adapter import Adapter, Source
+from .overlap import Overlap
 from .plan import Plan
 from .shard import copies
 
@@ -73,6 +74,7 @@ class Patch:
     comm: Communicator
     plan: Plan
     adapter: Adapter
+    overlap: Overlap
     swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
@@ -132,7 +134,7 @@ def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) 
     if hasattr(block, "experts"):
         _replace_moe(model, state, path, block, like)
     else:
-        state.swap(model, path, _mlp(model, state, path, state.comm, like))
+        state.swap(model, path, _mlp(model, state, path, state.overlap, like))
 
 
 def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor) -> None:
@@ -140,15 +142,15 @@ def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.
         if hasattr(attention, norm):
             _replace_norm(model, state, f"{path}.{norm}")
     qkv_proj = _columns(QKVParallelLinear, state, path, ("q_proj", "k_proj", "v_proj"), like)
-    o_proj = _rows(state, f"{path}.o_proj", state.comm, like)
+    o_proj = _rows(state, f"{path}.o_proj", state.overlap, like)
     heads, is_windowed = state.plan.heads[state.comm.rank], state.adapter.flag("windowed", {})
     new = ParallelAttention(attention, heads, qkv_proj, o_proj, state.adapter.rope, is_windowed)
     state.swap(model, path, new)
 
 
-def _mlp(model: nn.Module, state: Patch, path: str, comm: Communicator, like: torch.Tensor) -> ParallelMLP:
+def _mlp(model: nn.Module, state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> ParallelMLP:
     gate_up_proj = _columns(MergedColumnParallelLinear, state, path, ("gate_proj", "up_proj"), like)
-    down_proj = _rows(state, f"{path}.down_proj", comm, like)
+    down_proj = _rows(state, f"{path}.down_proj", overlap, like)
     activation = model.config.hidden_act
     return ParallelMLP(gate_up_proj, down_proj, activation, ACT2FN[activation])
 
@@ -161,15 +163,15 @@ def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, li
     if is_transposed:
         hidden_size, width = width, hidden_size
     experts = ParallelExperts(
-        num_experts, width, hidden_size, config.hidden_act, like, state.comm, is_transposed, routing.weigh_input
+        num_experts, width, hidden_size, config.hidden_act, like, state.overlap, is_transposed, routing.weigh_input
     )
     router = getattr(block, routing.router)
     renormalise = state.adapter.flag("renormalised", config.to_dict())
     state.hooks.append(_OwnForward(router, routed(router, config.num_experts_per_tok, routing, renormalise)))
     shared = shared_gate = None
     if routing.shared:
-        partial = NullCommunicator(rank, state.comm.size, state.comm.device)  # the block reduces, once
-        shared = _mlp(model, state, f"{path}.{routing.shared}", partial, like)
+        nobody = NullCommunicator(rank, state.comm.size, state.comm.device)  # the block reduces, once
+        shared = _mlp(model, state, f"{path}.{routing.shared}", Overlap(nobody, "off"), like)
     if routing.shared_gate:
         shared_gate = getattr(block, routing.shared_gate)
     new = ParallelMoE(routing, router, _fill(f"{path}.experts", experts, state), shared, shared_gate)
@@ -183,10 +185,10 @@ def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.T
     return _fill(f"{path}.{names[0]}", new, state)
 
 
-def _rows(state: Patch, path: str, comm: Communicator, like: torch.Tensor) -> RowParallelLinear:
+def _rows(state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> RowParallelLinear:
     out_features, in_features_local = state.plan.parameter(f"{path}.weight").local_shape(state.comm.rank)
     bias = f"{path}.bias" in state.parameters
-    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, comm), state)
+    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, overlap), state)
 
 
 def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
