@@ -2,7 +2,7 @@
 
     python -m bench.bench_overlap [--tp 2] [--tokens 512 2048] [--size 200m] [--num-iters 5] [--dir DIR]
 
-All schedules of tp_runtime/overlap.py in turn, on the same ranks and the same prompt, and once more without all-reduces:
+All schedules of tp_runtime/overlap.py in turn, on the same ranks and prompt, and once more without all-reduces:
 
     exposed = seconds - seconds without communication          hidden = 1 - exposed / exposed of the sequential schedule
 

@@ -26,7 +26,7 @@ from .target import prefetch_l2
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return gate / (1 + tl.exp(-gate))
     elif ACTIVATION == "gelu":
@@ -43,7 +43,7 @@ def _finish(acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, AC
     if ACTIVATION is not None:
         if bias_ptr is not None:
             up += tl.load(bias_ptr + N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        acc = _activate(acc, ACTIVATION) * up
+        acc = activate(acc, ACTIVATION) * up
     if residual_ptr is not None:
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gemm_kernels import _activate
+from .gemm_kernels import activate
 from .routing import experts_of, run_sort
 from .target import COUNTERS, arch, arrival_counters, has_pdl, launch_options, num_sms, prefetch_l2
 
@@ -145,7 +145,7 @@ def _decode_gate_up_kernel(
         if not _is_last(arrived_ptr + unit, SPLITS):
             return
         gate, up = _sum_parts(parts, 2 * SIZE, SPLITS), _sum_parts(parts + SIZE, 2 * SIZE, SPLITS)
-    h = _activate(gate, ACTIVATION) * up
+    h = activate(gate, ACTIVATION) * up
     if weights_ptr is not None:
         of_slot = tl.load(weights_ptr + offs_t[:, None] * TOP_K + choice, mask=is_its, other=0.0).to(tl.float32)
         h *= tl.sum(of_slot, axis=1)[None, :]
@@ -265,7 +265,7 @@ def _prefill_kernel(
                 else:
                     up = _add_product(up, a, b, SWAP)
 
-        y = _activate(acc, ACTIVATION) * up if GATED else acc
+        y = activate(acc, ACTIVATION) * up if GATED else acc
         if SWAP:
             y = y.T
         mask = (offs_m < row_end)[:, None] & (offs_n < N)[None, :]
