@@ -58,7 +58,7 @@ def linear(shape: str, dtype: torch.dtype) -> torch.nn.Module:
     n, k = LINEARS[shape]
     like = torch.empty(0, dtype=dtype)
     if " o " in shape or " down " in shape:
-        layer = RowParallelLinear(k, n, False, like, Overlap(NullCommunicator(0, 4)))
+        layer = RowParallelLinear(4 * k, k, n, False, like, Overlap(NullCommunicator(0, 4)))
     else:
         layer = ColumnParallelLinear({"": n}, k, False, like)
     layer.weight.data.uniform_(-0.05, 0.05)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import tp_runtime
 from bench.torchrun import serve
 from tp_runtime.comm import NullCommunicator
+from tp_runtime.overlap import wins
 from tp_runtime.patching import patch_of
 
 TOLERANCE = 2e-3  # of hidden states of size 1, in float32; between schedules, not against the truth
@@ -51,7 +52,7 @@ def answer(request: dict) -> dict:
 
 def chosen(overlap, length: int) -> str:
     """What "auto" came to for prompts of that length."""
-    if (pair := overlap.lanes_s.get(length.bit_length())) and pair[1] < pair[0]:
+    if (pair := overlap.lanes_s.get(length.bit_length())) and wins(pair[1], pair[0]):
         return "lanes"
     blocks = {str(m.fastest()) for (bits, *_), m in overlap.measured.items() if bits == (length - 1).bit_length()}
     return ", ".join(sorted(blocks)) or "sequential"

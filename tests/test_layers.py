@@ -82,7 +82,7 @@ def gated_columns_whole(x, gate, up, bias):
 def rows(comm, dtype: torch.dtype) -> torch.Tensor:
     x, weight, bias = rows_args(dtype)
     a, b = part(comm, K)
-    layer = RowParallelLinear(b - a, N, True, x, Overlap(comm))
+    layer = RowParallelLinear(K, b - a, N, True, x, Overlap(comm))
     fill(layer, "down_proj", down_proj__weight=weight[:, a:b], down_proj__bias=bias)
     return layer(x[..., a:b])
 
@@ -279,7 +279,7 @@ def test_layers_show_their_local_shapes():
     q_k_v = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
     shown = {
         QKVParallelLinear(q_k_v, H, True, like): "out_features_local=8 (q_proj 4 + k_proj 2 + v_proj 2), bias=True",
-        RowParallelLinear(7, N, False, like, Overlap(comm)): f"in_features_local=7, out_features={N}, bias=False",
+        RowParallelLinear(21, 7, N, False, like, Overlap(comm)): f"in_features_local=7, out_features={N}, bias=False",
         VocabParallelEmbedding((4, 8), V, H, like, comm): f"vocab=[4, 8) of {V}, hidden_size={H}",
         ParallelLMHead(cut(V, 3, 4), H, like, comm): f"in_features={H}, vocab=[8, 12) of {V}",
         ParallelExperts(E, 5, H, "silu", like, Overlap(comm)): f"num_experts={E}, hidden_size={H}, width_local=5",

@@ -9,7 +9,7 @@ import tp_runtime
 from tp_runtime import overlap as overlap_module
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.config import RuntimeConfig
-from tp_runtime.overlap import SEQUENTIAL, Overlap, Schedule, row_parallel, run
+from tp_runtime.overlap import SEQUENTIAL, Measured, Overlap, Schedule, row_parallel, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(1, 64, 32), (33, 70, 45), (7, 3, 8), (0, 64, 32), (5, 64, 0)]  # M, N, K of one rank
@@ -82,7 +82,7 @@ class Clock(Overlap):
     def slowest_s(self, runs):
         self.asked += 1
         assert len(runs) == len(self.seconds)
-        return list(self.seconds)
+        return [[s] * 3 for s in self.seconds]
 
 
 def test_the_fastest_schedule_is_taken_and_measured_once():
@@ -91,12 +91,23 @@ def test_the_fastest_schedule_is_taken_and_measured_once():
     w = torch.empty(512, 8)
     blocks_win, sequential_wins = Clock(1, 5, 3, 4), Clock(1, 3, 4, 5)
     for _ in range(2):
-        assert blocks_win.schedule(large, w) == Schedule(2)
-        assert sequential_wins.schedule(large, w) is SEQUENTIAL
+        assert blocks_win.schedule(large, w, 16) == Schedule(2)
+        assert sequential_wins.schedule(large, w, 16) is SEQUENTIAL
     assert blocks_win.asked == sequential_wins.asked == 1
-    assert blocks_win.schedule(torch.empty(4000, 8), w) == Schedule(2) and blocks_win.asked == 1  # rounded up alike
-    assert blocks_win.schedule(small, w) is SEQUENTIAL and blocks_win.asked == 1  # too small to cut
-    assert blocks_win.schedule(large, torch.empty(1024, 8)) == Schedule(2) and blocks_win.asked == 2
+    assert blocks_win.schedule(torch.empty(4000, 8), w, 16) == Schedule(2) and blocks_win.asked == 1  # rounded up alike
+    assert blocks_win.schedule(small, w, 16) is SEQUENTIAL and blocks_win.asked == 1  # too small to cut
+    assert blocks_win.schedule(large, torch.empty(1024, 8), 16) == Schedule(2) and blocks_win.asked == 2
+    # Another layer, of which this rank has as much, or nothing: ranks are cut unevenly, and all must measure.
+    assert blocks_win.schedule(large, w, 17) == Schedule(2) and blocks_win.asked == 3
+    assert blocks_win.schedule(large[:, :0], w[:, :0], 18) == Schedule(2) and blocks_win.asked == 4
+
+
+def test_a_schedule_that_loses_a_round_is_not_taken():
+    """Catches a choice by luck: a median that is better and a round that is worse."""
+    two, four = Schedule(2), Schedule(4)
+    times = {SEQUENTIAL: [5, 5, 5], two: [1, 1, 6], four: [4, 4, 4]}
+    assert Measured([0], times).fastest() == four
+    assert Measured([0], {**times, four: [4, 5, 4]}).fastest() == SEQUENTIAL
 
 
 def test_a_forced_schedule_is_not_measured():
@@ -105,7 +116,7 @@ def test_a_forced_schedule_is_not_measured():
     for mode, want in {"off": SEQUENTIAL, "lanes": SEQUENTIAL, "columns": Schedule(4)}.items():
         clock = Clock()
         clock.mode = mode
-        assert clock.schedule(x, w) == want and clock.asked == 0
+        assert clock.schedule(x, w, 16) == want and clock.asked == 0
 
 
 def test_the_slowest_ranks_clock_decides():
@@ -116,14 +127,14 @@ def test_the_slowest_ranks_clock_decides():
         overlap._seconds = lambda run: float(run())
         return overlap.slowest_s([lambda: 1 + comm.rank, lambda: 5 - comm.rank])
 
-    assert tp_runtime.run_local(measure, 3) == [[3.0, 5.0]] * 3
+    assert tp_runtime.run_local(measure, 3) == [[[3.0] * 5, [5.0] * 5]] * 3
 
 
 def test_bias_is_added_once():
     """Catches a bias that every rank adds to its part."""
 
     def biased(comm, bias):
-        return row_parallel(torch.ones(2, 4), torch.ones(6, 4), bias, Overlap(comm))
+        return row_parallel(torch.ones(2, 4), torch.ones(6, 4), bias, Overlap(comm), 12)
 
     for y in tp_runtime.run_local(biased, 3, torch.arange(6.0)):
         assert torch.equal(y, (12 + torch.arange(6.0)).expand(2, -1))

@@ -18,6 +18,7 @@ keys and values of that layer are in the cache.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from transformers import DynamicCache
 
-from .overlap import Overlap
+from .overlap import Overlap, wins
 
 
 class _Abandoned(BaseException):
@@ -122,9 +123,12 @@ def in_lanes(model: nn.Module, overlap: Overlap) -> Callable:
     if any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in _ROPE_OF_THE_WHOLE):
         return forward
 
+    names = list(inspect.signature(forward).parameters)
+
     def laned_forward(*args, **kwargs):
-        if overlap.mode in ("off", "columns") or overlap.comm.size == 1 or args or is_dynamo_compiling():
+        if overlap.mode in ("off", "columns") or overlap.comm.size == 1 or is_dynamo_compiling():
             return forward(*args, **kwargs)
+        kwargs.update(zip(names, args))
         if (halves := _halves(model.config, kwargs)) is None or not _pays(model, forward, halves, overlap):
             return forward(**kwargs)
         return _run(forward, halves, overlap)
@@ -182,11 +186,11 @@ def _pays(model: nn.Module, forward: Callable, halves: tuple[dict, dict], overla
             return False
         overlap.lanes_s[key] = _measure(model, forward, halves, overlap)
     sequential_s, lanes_s = overlap.lanes_s[key]
-    return lanes_s < sequential_s
+    return wins(lanes_s, sequential_s)
 
 
-def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], overlap: Overlap) -> tuple[float, float]:
-    """Seconds of the first layers: one pass over all tokens, and two lanes."""
+def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], overlap: Overlap) -> list[list[float]]:
+    """Seconds of the first layers, one value a round: of one pass over all tokens, and of two lanes."""
 
     def fresh(lane: dict, cache: DynamicCache) -> dict:
         return dict(lane, past_key_values=cache)
@@ -202,7 +206,6 @@ def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], ove
     layers = model.layers
     model.layers = layers[:_MEASURED_LAYERS]
     try:
-        sequential_s, lanes_s = overlap.slowest_s([whole, laned])
+        return overlap.slowest_s([whole, laned])
     finally:
         model.layers = layers
-    return sequential_s, lanes_s

@@ -78,18 +78,33 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once; same bits everywhere."""
+    """y[..., N] = sum over ranks of x_shard_k[..., K_r] @ w_shard_k[N, K_r].T, + bias[N] once; same bits everywhere.
 
-    def __init__(self, in_features_local: int, out_features: int, bias: bool, like: torch.Tensor, overlap: Overlap):
+    Args:
+        in_features: K, of all ranks.
+        in_features_local: K_r.
+        out_features: N.
+        overlap: how GEMM and all-reduce are scheduled.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        in_features_local: int,
+        out_features: int,
+        bias: bool,
+        like: torch.Tensor,
+        overlap: Overlap,
+    ):
         super().__init__()
-        self.overlap = overlap
+        self.overlap, self.in_features = overlap, in_features
         self.in_features_local, self.out_features = in_features_local, out_features
         self.weight = _parameter(out_features, in_features_local, like=like)
         self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 
     def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
         p = self._parameters
-        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap)
+        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap, self.in_features)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         views = {f"{name}.weight": self.weight.detach()}

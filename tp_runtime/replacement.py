@@ -186,9 +186,11 @@ def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.T
 
 
 def _rows(state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> RowParallelLinear:
-    out_features, in_features_local = state.plan.parameter(f"{path}.weight").local_shape(state.comm.rank)
+    entry = state.plan.parameter(f"{path}.weight")
+    (out_features, in_features), (_, in_features_local) = entry.shape, entry.local_shape(state.comm.rank)
     bias = f"{path}.bias" in state.parameters
-    return _fill(path, RowParallelLinear(in_features_local, out_features, bias, like, overlap), state)
+    new = RowParallelLinear(in_features, in_features_local, out_features, bias, like, overlap)
+    return _fill(path, new, state)
 
 
 def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
