@@ -144,7 +144,8 @@ class ParallelAttention(nn.Module):
             [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
         """
         batch, length, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states)
+        modules = self._modules  # nn.Module finds `self.qkv_proj` only after looking everywhere else
+        qkv = modules["qkv_proj"](hidden_states)
         if self.has_wide_norm:
             qkv = self._widely_normed(qkv)
         qkv = qkv.view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
@@ -170,7 +171,7 @@ class ParallelAttention(nn.Module):
         else:
             options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
             y, _ = attend(self, q, k, v, attention_mask, **options)
-        return self.o_proj(y.reshape(batch, length, -1)), None
+        return modules["o_proj"](y.reshape(batch, length, -1)), None
 
     def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
         """q and k normalised over all ranks' heads, by one all-reduce of two numbers a token; clipped, and v too."""
@@ -220,7 +221,8 @@ class ParallelMLP(nn.Module):
         self.activation = FUSED_ACTIVATIONS.get(activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules = self._modules
         if self.activation is None:
-            gate, up = self.gate_up_proj(x).chunk(2, -1)
-            return self.down_proj(self.act_fn(gate).mul_(up))
-        return self.down_proj(self.gate_up_proj.gated(x, self.activation))
+            gate, up = modules["gate_up_proj"](x).chunk(2, -1)
+            return modules["down_proj"](self.act_fn(gate).mul_(up))
+        return modules["down_proj"](modules["gate_up_proj"].gated(x, self.activation))

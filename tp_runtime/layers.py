@@ -21,7 +21,7 @@ from torch import nn
 from .comm import Communicator
 from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
-from .overlap import Overlap, row_parallel
+from .overlap import Overlap, few_elements, row_parallel
 from .plan import Range
 
 
@@ -99,12 +99,13 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.overlap, self.in_features = overlap, in_features
         self.in_features_local, self.out_features = in_features_local, out_features
+        self._few = few_elements(in_features_local, out_features, like.itemsize)
         self.weight = _parameter(out_features, in_features_local, like=like)
         self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 
     def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
         p = self._parameters
-        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap, self.in_features)
+        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap, self.in_features, self._few)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         views = {f"{name}.weight": self.weight.detach()}

@@ -163,8 +163,18 @@ def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, sc
     return torch.cat([y_block for y_block, _ in blocks], dim=-1)
 
 
+def few_elements(in_features_local: int, out_features: int, itemsize: int) -> int:
+    """How many elements x [..., K_r] must have for a cut to be thought of: what a decode step asks in 0.1 us."""
+    return MIN_CUT_BYTES // max(out_features * itemsize, 1) * in_features_local
+
+
 def row_parallel(
-    x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, bias: torch.Tensor | None, overlap: Overlap, in_features: int
+    x_shard_k: torch.Tensor,
+    w_shard_k: torch.Tensor,
+    bias: torch.Tensor | None,
+    overlap: Overlap,
+    in_features: int,
+    few: int = 0,
 ) -> torch.Tensor:
     """sum over ranks of x_shard_k @ w_shard_k.T, plus bias once.
 
@@ -173,12 +183,15 @@ def row_parallel(
         w_shard_k: [N, K_r].
         bias: [N], the same on every rank.
         in_features: K, the sum of all ranks' K_r.
+        few: `few_elements`; an x with fewer is not cut.
 
     Returns:
         [..., N], the same bits on every rank.
     """
-    if overlap.lanes is not None or (schedule := overlap.schedule(x_shard_k, w_shard_k, in_features)) is SEQUENTIAL:
+    if overlap.lanes is not None:
         y = all_reduce(gemm(x_shard_k, w_shard_k), overlap)
+    elif x_shard_k.numel() < few:
+        y = overlap.comm.all_reduce(gemm(x_shard_k, w_shard_k))
     else:
-        y = run(x_shard_k, w_shard_k, overlap.comm, schedule)
+        y = run(x_shard_k, w_shard_k, overlap.comm, overlap.schedule(x_shard_k, w_shard_k, in_features))
     return y if bias is None else y.add_(bias)
