@@ -64,22 +64,56 @@ class Section:
 # The most valuable first. The estimates are guesses until a GPU has run them.
 SECTIONS = (
     Section(
-        "exactness", "every kernel and configuration, bf16 and fp16, as exact as torch against fp64", 240,
+        "exactness", "every GEMM kernel and configuration, bf16 and fp16, as exact as torch against fp64", 240,
         "exactness:rows",
     ),
     Section(
-        "capture", "every kernel in CUDA graphs; chains of dependent launches give the bits of chains with waits", 90,
+        "experts", "routing and every kernel of the experts, however tokens are routed, as exact as torch", 240,
+        "experts:exact",
+    ),
+    Section(
+        "block", "norm, rope and cache, decode attention, vocabulary top-k: as exact as torch, in every form", 150,
+        "block_ops:exact",
+    ),
+    Section(
+        "all_reduce", "sums in rank order, 1 to 8 ranks on this GPU, 200 calls eager and in CUDA graphs", 90,
+        "all_reduce:exact",
+    ),
+    Section(
+        "capture", "GEMMs in CUDA graphs; chains of dependent launches give the bits of chains with waits", 90,
         "races:captured",
     ),
     Section("tune", "the fastest choice for every shape of the report, kept in the user's table", 300, "tuning:rows"),
     Section("skinny", "decode GEMMs, M 1 to 64, against cuBLAS: target 1.25x, none slower", 60, "speed:skinny"),
+    Section("tune_experts", "the fastest choice for experts of two models, 1 to 8192 tokens", 200, "tuning:experts"),
+    Section(
+        "experts_speed", "experts, tp 1 to 8, against HF's and cuBLAS: 1 token 175 / 32 us, 4096 tokens 3.6 ms", 240,
+        "speed:experts",
+    ),
     Section(
         "end_to_end", "a patched Llama against Hugging Face's: logits, greedy tokens, torch.compile", 120,
         "end_to_end:right",
     ),
     Section("decode_step", "ms of a decode step at model size, and of a rank of tp 8", 150, "end_to_end:decode_steps"),
+    Section(
+        "attention_speed", "decode attention in TB/s, batch 1 to 64, context 1024 to 32768, against torch's", 180,
+        "speed:attention",
+    ),
     Section("prefill", "GEMMs of M 512 to 8192 against cuBLAS: target 1.0x, gated 1.08x", 100, "speed:prefill"),
-    Section("repeat", "50 repeats of every kernel give equal bits, beside other work", 120, "races:repeated"),
+    Section(
+        "experts_repeat", "experts in CUDA graphs with the routing changing; 50 repeats give equal bits", 90,
+        "experts:steady",
+    ),
+    Section(
+        "block_repeat", "attention, norm, top-k in CUDA graphs while sequences grow; 50 repeats give equal bits", 60,
+        "block_ops:steady",
+    ),
+    Section("repeat", "50 repeats of every GEMM kernel give equal bits, beside other work", 120, "races:repeated"),
+    Section("norm_speed", "RMSNorm with its residual against torch's, compiled too, and Liger's", 60, "speed:norm"),
+    Section(
+        "all_reduce_speed", "us of an all-reduce's launch, 16 KiB and 1 MiB; emulated, without NVLink", 40,
+        "all_reduce:speed",
+    ),
     Section("pytest", "pytest -m gpu, one row a file", 120, "pytest_files:rows"),
 )  # fmt: skip
 BY_NAME = {section.name: section for section in SECTIONS}

@@ -23,6 +23,15 @@ from pathlib import Path
 
 from bench.kernel_shapes import PUBLISHED_CUBLAS_US, PUBLISHED_SOURCE
 from bench.record import RESULTS, say, table
+from bench.report_op_tables import (
+    all_reduce_rows,
+    all_reduce_table,
+    experts_goals_table,
+    losses_table,
+    several_rows,
+    several_table,
+    summary_table,
+)
 from bench.report_tables import (
     NOT_MEASURED,
     checks_table,
@@ -35,6 +44,8 @@ from bench.report_tables import (
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- numbers: begin (python -m bench.report --readme) -->"
 END = "<!-- numbers: end -->"
+# Sections and benchmarks with several contenders, and the titles of their tables.
+SEVERAL = {"experts": "Experts", "attention": "Decode attention", "norm": "RMSNorm with its residual"}
 
 def load(files: Sequence[Path]) -> list[dict]:
     """Records, oldest first.
@@ -78,7 +89,7 @@ def gemm_rows(results: dict[str, dict]) -> list[dict]:
     newest = {}
     for result in sorted(results.values(), key=lambda result: result["stamp"]["date"]):
         for row in result["rows"]:
-            if "torch_us" in row:
+            if "role" in row:
                 newest[row["op"], row["model"], row["role"], row["tp_size"], row["dtype"], row["m"]] = row
     return list(newest.values())
 
@@ -103,6 +114,12 @@ def report(records: Sequence[dict]) -> str:
         if rows := gemm_rows(results):
             parts += ["### GEMMs", goals_table(rows), gemm_table(rows, gpu)]
             parts += ["### Slower than torch", slower_table(rows)]
+        for name, title in SEVERAL.items():
+            if rows := several_rows(results, name):
+                goals = [experts_goals_table(rows)] if name == "experts" else []
+                parts += [f"### {title}", *goals, several_table(rows, gpu), losses_table(rows)]
+        if rows := all_reduce_rows(results):
+            parts += ["### All-reduce", all_reduce_table(rows)]
         if rows := step_rows(results):
             parts += ["### Decode steps", steps_table(rows)]
     for record in records:
@@ -116,16 +133,19 @@ def report(records: Sequence[dict]) -> str:
 
 
 def readme_block(records: Sequence[dict]) -> str:
-    """What README says: for each GPU, goals, the twelve shapes, decode steps and the rows that lose."""
+    """What README says: for each GPU, goals, the twelve shapes, decode steps, GEMMs that lose; of others how many."""
     parts = []
     for gpu, results in sections(records).items():
         rows = gemm_rows(results)
         parts += [f"Measured on {stamped(results.values())}; `python -m bench.gpu_check`:", goals_table(rows)]
         if twelve := [r for r in rows if is_published(r)]:
             parts += [gemm_table(twelve, gpu), f"Published: {PUBLISHED_SOURCE}; not measured by this project."]
+        if experts := several_rows(results, "experts"):
+            parts += [experts_goals_table(experts)]
         if steps := step_rows(results):
             parts += [steps_table(steps)]
-        parts += [slower_table(rows), checks_table(results)]
+        several = {title: several_rows(results, name) for name, title in SEVERAL.items()}
+        parts += [summary_table(several), slower_table(rows), checks_table(results)]
     return "\n\n".join(filter(None, parts)) or f"{goals_table([])}\n\nNo GPU figure has been measured yet."
 
 

@@ -1,4 +1,7 @@
-"""The tables of `bench.report`: GEMMs against torch and the limit, goals, losses, decode steps, checks."""
+"""The tables of `bench.report`: GEMMs against torch and the limit, goals, losses, decode steps, checks.
+
+Those of experts, attention, norms and all-reduces: `bench.report_op_tables`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What stands between a decoder block's GEMMs: norm, rope and cache, decode attention, and top-k of the vocabulary.
 
-    exact       every form that a family needs, at sizes of models and off the grid, against torch's ops in float64. What
-                a cache holds behind a sequence's end is NaN for ours: it may not be read
+    exact       every form that a family needs, at sizes of models and off the grid, against torch's ops in float64.
+                What a cache holds behind a sequence's end is NaN for ours: it may not be read
     steady      equal bits again and again, and in CUDA graphs that are replayed while sequences grow: lengths and
                 positions lie on the device and change between replays
 """
@@ -17,7 +17,7 @@ import torch
 
 from bench.choice import label
 from bench.gpu_section import Options, Row
-from bench.on_gpu.calls import Call, Form, check_exact, check_steady, distinct_scores, seeded
+from bench.on_gpu.calls import Call, Form, check_exact, check_steady, seeded
 from bench.on_gpu.cases import DTYPES
 from bench.on_gpu.races import release
 from tp_runtime.kernels import decode_attention, rms_norm, rope, rope_decode_attention, vocab_top_k
@@ -83,7 +83,7 @@ def attention_forms(
     batch: int, heads: int, kv_heads: int, capacity: int, head_dim: int, dtype: str, device: str,
     run: Callable = decode_attention.run,
 ) -> list[Form]:  # fmt: skip
-    """Each by every candidate: full, at lengths of their own, windows, caps, masks, sinks, head maps, several tokens."""
+    """Each by every candidate: full, lengths of their own, windows, caps, masks, sinks, head maps, several tokens."""
     options = {"dtype": getattr(torch, dtype), "device": device}
     keys, values = torch.randn(2, batch, kv_heads, capacity, head_dim, **options)
     lengths = torch.randint(min(4, capacity), capacity + 1, (batch,), device=device)
@@ -242,21 +242,16 @@ def attention_calls(
 
         return Call(draw, run)
 
-    every = {label("split", config): functools.partial(split, config) for config in _splits()}
+    configs = decode_attention.CANDIDATES["split"]
+    every = {label("split", config): functools.partial(split, config) for config in configs}
     return {**every, "rope_decode_attention": fused}
-
-
-def _splits() -> tuple:
-    return decode_attention.CANDIDATES["split"]
 
 
 def _norm_call(m: int, n: int, device: str, dtype: str = "bfloat16") -> Call:
     x, residual = torch.empty(2, m, n, dtype=getattr(torch, dtype), device=device)
     weight = torch.empty(n, dtype=x.dtype, device=device)
-    draw = functools.partial(normal, device=device)
     return Call(
-        lambda seed: draw(seed, x=x, residual=residual, weight=weight),
-        lambda: rms_norm.run(x, weight, EPS, residual),
+        lambda seed: normal(seed, device, x, residual, weight), lambda: rms_norm.run(x, weight, EPS, residual)
     )
 
 

@@ -134,45 +134,40 @@ def exact(options: Options, device: str = "cuda", cases: Iterable[Case] | None =
         release(device)
 
 
-def exact_routing(device: str, run=routing.run_route, sort=routing.run_sort) -> Iterator[Row]:
+def exact_routing(
+    device: str, run=routing.run_route, sort=routing.run_sort, routers=ROUTERS, tokens=(1, 33, 4096)
+) -> Iterator[Row]:
     """The kernels that choose experts and sort tokens by them: integers equal to torch's."""
-    for (num_experts, top_k), dtype in itertools.product(ROUTERS, DTYPES):
-        logits = distinct_scores(4096, num_experts, device).to(getattr(torch, dtype))
-        forms = [
-            Form(
-                f"{scoring}{' renormalised' * renormalise} T={t}",
-                {"route": lambda x, s=scoring, r=renormalise, k=top_k: run(x, k, s, r, torch.float32)},
-                lambda x, s=scoring, r=renormalise, k=top_k: _routed_exactly(x, k, s, r),
-                (logits[:t],),
-            )
-            for (scoring, renormalise), t in itertools.product(SCORINGS, (1, 33, 4096))
-        ]
-        yield check_exact(f"route, {num_experts} experts, top {top_k}, {dtype}", forms, device)
-    for num_experts, top_k in ROUTERS:
+    for (num_experts, top_k), dtype in itertools.product(routers, DTYPES):
+        logits = distinct_scores(max(tokens), num_experts, device).to(getattr(torch, dtype))
         forms = []
-        for kind, t in itertools.product(ROUTINGS, (1, 33, 8192)):
+        for (scoring, renormalise), t in itertools.product(SCORINGS, tokens):
+            given = {"top_k": top_k, "scoring": scoring, "renormalise": renormalise}
+            ours, torchs = functools.partial(run, **given, dtype=None), functools.partial(_routed, **given)
+            forms.append(Form(f"{scoring}{' renormalised' * renormalise} T={t}", {"route": ours}, torchs, (logits[:t],)))
+        yield check_exact(f"route, {num_experts} experts, top {top_k}, {dtype}", forms, device)
+    for num_experts, top_k in routers:
+        forms = []
+        for kind, t in itertools.product(ROUTINGS, tokens):
             index = routed(Case("", num_experts, top_k, 0, 0, t, "float32", kind), device, seed=0)[0]
             index[t // 2, 0] = num_experts  # one that there is not
-            forms.append(
-                Form(
-                    f"{kind} T={t}",
-                    {"sort": lambda i, e=num_experts: _told(sort(i, e))},
-                    lambda i, e=num_experts: _told(routing.sort_by_expert_ref(i, e)),
-                    (index,),
-                )
+            ours, torchs = (
+                lambda i, sort=sort, num_experts=num_experts: _told(sort(i, num_experts))
+                for sort in (sort, routing.sort_by_expert_ref)
             )
+            forms.append(Form(f"{kind} T={t}", {"sort": ours}, torchs, (index,)))
         yield check_exact(f"sort by expert, {num_experts} experts, top {top_k}", forms, device)
 
 
-def _routed_exactly(logits: torch.Tensor, top_k: int, scoring: str, renormalise: bool) -> list[torch.Tensor]:
+def _routed(logits: torch.Tensor, top_k: int, scoring: str, renormalise: bool) -> list[torch.Tensor]:
     """`route_ref` that stays in float64 where it is given float64."""
-    index, weights = routing.route_ref(logits, top_k, scoring, renormalise, torch.float32)
+    index, weights = routing.route_ref(logits, top_k, scoring, renormalise, None)
     if logits.dtype != torch.float64:
         return [index, weights]
-    if scoring == "sigmoid":
-        return [index, logits.gather(1, index).sigmoid()]
-    over_chosen = renormalise or scoring == "softmax_top_k"
     chosen = logits.gather(1, index)
+    if scoring == "sigmoid":
+        return [index, chosen.sigmoid()]
+    over_chosen = renormalise or scoring == "softmax_top_k"
     return [index, chosen.softmax(-1) if over_chosen else logits.softmax(-1).gather(1, index)]
 
 
@@ -200,7 +195,7 @@ def steady(options: Options, device: str = "cuda", cases: Iterable[Case] | None 
 
 
 def _call(case: Case, weights: tuple[torch.Tensor, torch.Tensor], kernel: str, config: Any, device: str) -> Call:
-    """From the router's logits to the experts' sum, the logits changing: each draw hits other experts, other numbers."""
+    """From the router's logits to the experts' sum: each draw hits other experts, in other numbers."""
     dtype = getattr(torch, case.dtype)
     x = torch.empty(case.tokens, case.hidden, dtype=dtype, device=device)
     logits = torch.empty(case.tokens, case.num_experts, dtype=dtype, device=device)

@@ -6,11 +6,14 @@ tables of a checkout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from bench.choice import Task
 from bench.gpu_section import Options, Row
+from bench.kernel_ops import TUNABLE
 from bench.kernel_shapes import SKINNY, KernelShape, model_shapes, shape
+from bench.on_gpu.speed import experts_cases
 from bench.tune import measured, tasks
 from tp_runtime.kernels import tuned
 
@@ -25,10 +28,25 @@ def shapes() -> list[KernelShape]:
     return [*skinny, *plain, *(s for model, tp_size in MODELS for s in model_shapes(model, tp_size))]
 
 
+def experts_tasks() -> list[Task]:
+    """The experts' kernels for every size that is timed."""
+    cases = experts_cases()
+    return tasks([case.shape for case in cases], [TUNABLE["experts"]], sorted({case.tokens for case in cases}))
+
+
 def rows(options: Options) -> Iterator[Row]:
+    return chosen(options, tasks(shapes()))
+
+
+def experts(options: Options) -> Iterator[Row]:
+    return chosen(options, experts_tasks())
+
+
+def chosen(options: Options, todo: Sequence[Task]) -> Iterator[Row]:
+    """The choice for each task, which is in a table by then."""
     name = tuned.device_name(0)
     file = tuned.shipped_file(name) if options.ship else tuned.user_file(name)
     if file is None:
         raise ValueError("there is no home folder to write to; set XDG_CACHE_HOME or give --ship")
-    for task, row in measured(tasks(shapes()), file, name):
+    for task, row in measured(todo, file, name):
         yield {"what": f"{task.name}: {row['kernel']}", "device": name, "tuned": row}
