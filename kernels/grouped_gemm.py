@@ -51,7 +51,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Prefill(128, 64, 32, group_m=8, swap=False, tma=False, num_warps=8, num_stages=4),
     ),
 }
-# What runs where nothing was measured and torch cannot: the first that takes the operands; the second takes all.
+LOOP = "loop"  # `experts_ref`: expert by expert, the host waiting for the device
+# What a CUDA graph gets where nothing was measured and torch would wait: the first that takes the operands.
 UNTUNED = (("decode", CANDIDATES["decode"][2]), ("prefill", CANDIDATES["prefill"][8]))
 
 
@@ -188,7 +189,11 @@ def run(
     kernel: str,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """`experts` by one of its kernels: decode or prefill, as `config` says, or torch. T and I are at least 1."""
+    """`experts` by decode or prefill, as `config` says, by torch's grouped GEMM or its loop. T and I are at least 1."""
+    if kernel == LOOP:
+        return experts_ref(
+            x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed, weigh_input
+        )
     if kernel == TORCH or config is None:
         return experts_torch(
             x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed, weigh_input
@@ -228,6 +233,8 @@ def chosen(
     if has_grouped_mm(x, gate_up_proj, down_proj):
         return TORCH, None
     _say_untuned(x.dtype, num_experts, width, hidden)
+    if not _is_capturing():
+        return LOOP, None
     return next(choice for choice in UNTUNED if can_run(*choice))
 
 
@@ -235,6 +242,10 @@ def has_grouped_mm(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch
     """Whether torch's grouped GEMM is one kernel here. Else the host reads the sizes of the groups: no CUDA graph."""
     is_known = x.dtype == torch.bfloat16 and _capability(x.device)[0] in (9, 10)
     return is_known and lie_on_16_bytes(x.shape[1], gate_up_proj, down_proj)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -245,8 +256,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _say_untuned(dtype: torch.dtype, num_experts: int, width: int, hidden: int) -> None:
     _log.warning(
-        "experts %dx%dx%d, %s: our untuned kernels run, as torch's grouped GEMM would wait for the device (it does not "
-        "in bfloat16 on sm_90 and sm_100, where rows lie at multiples of 16 bytes)",
+        "experts %dx%dx%d, %s: torch runs one expert after the other, waiting for the device; `python -m bench.tune` "
+        "measures kernels that do not, and which a CUDA graph is given unmeasured",
         num_experts, width, hidden, dtype,
     )  # fmt: skip
 

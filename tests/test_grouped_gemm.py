@@ -237,10 +237,11 @@ def test_kernels_refuse_what_they_do_not_take():
 class _Measured:
     """A device on which rows were measured; `experts` as CUDA runs it, on CPU tensors and interpreted."""
 
-    def __init__(self, monkeypatch, row):
+    def __init__(self, monkeypatch, row, is_capturing=True):
         self.kernels, self.looked_up = [], []
         monkeypatch.setattr(ours, "lookup", lambda *key: self.looked_up.append(key) or row)
         monkeypatch.setattr(ours, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(ours, "_is_capturing", lambda: is_capturing)
         launch, by_torch = ours.launch, ours.experts_torch
         monkeypatch.setattr(ours, "launch", lambda *a: self.kernels.append(type(a[7]).__name__) or launch(*a))
         monkeypatch.setattr(ours, "experts_torch", lambda *a: self.kernels.append("torch") or by_torch(*a))
@@ -272,8 +273,15 @@ def test_choice(row, num_tokens, width, dtype, weigh_input, runs, monkeypatch, c
     assert measured.kernels == [runs] * 2
     assert measured.looked_up[0][0] == "experts_4_2" and measured.looked_up[0][2:5] == (width, 32, num_tokens)
     is_untuned = runs != "torch" and (row is None or width % 8)
-    assert caplog.text.count("our untuned kernels run, as torch's grouped GEMM would wait") == int(bool(is_untuned))
+    assert caplog.text.count("torch runs one expert after the other") == int(bool(is_untuned))
     torch.testing.assert_close(y, grouped_gemm.experts(*given, weigh_input=weigh_input), rtol=2e-2, atol=2e-2)
+
+
+def test_what_nobody_has_measured_is_torchs(monkeypatch):
+    """Catches a kernel that runs by default, without having been compared with torch on that device."""
+    measured = _Measured(monkeypatch, None, is_capturing=False)
+    given = operands(4, 4, 2, 32, 24, torch.float16)
+    assert torch.equal(ours._experts_cuda(*given), grouped_gemm.experts(*given)) and measured.kernels == []
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 1792, 4096), (64, 96, 2048), (4096, 768, 2048), (512, 389, 2048)])
