@@ -4,8 +4,8 @@
     y[t]     = sum over choices j, e = top_k_index[t, j]:   top_k_weights[t, j] * (act(gate) * up) @ down_proj[e].T
 
 On CUDA the kernels that run a shape are those that were measured to be the fastest there (see `tuned`), torch's grouped
-GEMM among them. What nobody measured torch runs, too, where it can without waiting for the device; else ours do. The
-kernels are in `grouped_gemm_kernels`. When they win is not measured yet.
+GEMM among them. What nobody measured torch runs, too; but in a CUDA graph, if torch would wait for the device, ours do.
+The kernels are in `grouped_gemm_kernels`. When they win is not measured yet.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 from bench import bench_gemm, record, report
 from bench.kernel_shapes import PUBLISHED_CUBLAS_US, PUBLISHED_DEVICE
 from bench.record import spread
+from bench.report_op_tables import all_reduce_table, experts_goals_table, losses_table, several_table, summary_table
 from bench.report_tables import gemm_table, goals_table, slower_table, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,6 +197,76 @@ def test_decode_steps_beside_floor_target_and_published(written, capsys):
     assert report.main(written(made_up({"decode_step": [row, {**row, "theirs_ms": None, "floor_ms": None}]}))) == 0
     printed = capsys.readouterr().out
     assert "4.00 (4.00 to 4.00) (missed)" in printed and "20.00" in printed and "SGLang 4.54" in printed
+
+
+def experts_row(tokens: int, ours: float, tp_size: int = 1, model: str = "mixtral-8x7b", **others: float) -> dict:
+    facts = {"model": model, "tp_size": tp_size, "rank": 0, "tokens": tokens, "bytes": 10**9, "flops": 10**9}
+    times = {f"{name}_us": spread([us]) for name, us in {"ours": ours, **others}.items()}
+    what = f"{model} tp{tp_size}, T={tokens}"
+    return {"what": what, **facts, **times, "published_us": 189, "runs": "decode(block_n=64)"}
+
+
+def test_experts_beside_every_contender(written, capsys):
+    """Catches a table that compares with a slow contender where a fast one was measured, or hides a row that loses."""
+    wins = experts_row(1, 170.0, torch=200.0, loop=190.0, eager=900.0)
+    loses = experts_row(4096, 4000.0, torch=3800.0, grouped_mm=3700.0)
+    assert report.main(written(made_up({"experts_speed": [wins, loses]}))) == 0
+    printed = capsys.readouterr().out
+    assert "### Experts" in printed and "### GEMMs" not in printed
+    table, _, losses = printed.partition("| slower than another in")
+    assert "1.12x" in table and "0.93x" in table and "loop 190.0, torch 200.0, eager 900.0" in table
+    assert "T=4096" in losses and "grouped_mm" in losses and "T=1 " not in losses
+
+
+def test_experts_goals():
+    """Catches another model's or tp_size's time beside the target, a miss that is not said, and what is missing."""
+    rows = [experts_row(1, 170.0, torch=180.0), experts_row(4096, 3700.0, torch=3650.0)]
+    rows.append(experts_row(1, 10.0, tp_size=8, model="qwen3-30b-a3b", torch=20.0))
+    _, _, one, shard, many = experts_goals_table(rows).splitlines()
+    assert "170.0 " in one and "<= 175" in one and "torch 180.0" in one and "189" in one and "missed" not in one
+    assert "not measured" in shard and "<= 32" in shard
+    assert "3700.0 (missed)" in many and "<= 3600" in many
+
+
+def test_several_contenders():
+    """Catches a limit that counts memory alone, published figures on another device, columns that nobody filled."""
+    row = experts_row(1, 500.0, torch=600.0)
+    (line,) = several_table([row], PUBLISHED_DEVICE).splitlines()[2:]
+    assert f"{1e9 / 4.8e6 / 500:.0%}" in line and "2.00" in line and "189" in line and "decode(block_n=64)" in line
+    assert "189" not in several_table([row], "NVIDIA H100 80GB HBM3")
+    bare = {key: value for key, value in row.items() if key not in ("flops", "published_us", "runs")}
+    head, _, line = several_table([bare], "Unheard-of GPU").splitlines()
+    assert "published" not in head and "runs" not in head and "%" not in line and line.count("|") == head.count("|")
+    assert losses_table([row]) == "In no row was another one faster." and losses_table([]) == ""
+
+
+def test_readme_says_how_many_rows_lose(written, tmp_path):
+    """Catches a README that grows by a line for every row, and one that is silent about losses."""
+    rows = [experts_row(tokens, 100.0, torch=80.0 + 30 * (tokens < 4)) for tokens in range(1, 9)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main([*written(made_up({"experts_speed": rows})), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "5 of 8" in text and "0.80x" in text and text.count("T=") == 0 and "<= 175" in text
+    assert summary_table({"Experts": [], "RMSNorm": []}) == ""
+
+
+def test_attention_and_norms_stand_in_the_report(written, capsys):
+    """Catches sections whose rows no table takes, or takes for those of GEMMs."""
+    row = {"what": "llama B=1", "bytes": 10**8, "ours_us": spread([50.0]), "torch_us": spread([60.0])}
+    assert report.main(written(made_up({"attention_speed": [row], "norm_speed": [{**row, "what": "M=1"}]}))) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("1.20x") == 2 and "### Decode attention" in printed and "### RMSNorm" in printed
+
+
+def test_all_reduces_say_that_they_are_emulated():
+    """Catches times without NVLink beside published ones as if they were of one kind."""
+    facts = {"op": "one-shot", "tp_size": 8, "message_bytes": 16384, "emulated": "one GPU: no NVLink, emulated"}
+    times = {"alone_us": spread([3.0]), "copy_us": spread([1.5]), "together_us": None}
+    row = {**facts, **times, "published_us": {"NCCL": 18.3}}
+    text = all_reduce_table([row])
+    assert "no NVLink, emulated" in text and "published us, with NVLink" in text and "NCCL 18.3" in text
+    assert "not measured" in text and "3.00" in text
 
 
 def test_plots(written, tmp_path, capsys):

@@ -119,7 +119,8 @@ def odd_cases() -> list[Case]:
 
 
 def exact(options: Options, device: str = "cuda", cases: Iterable[Case] | None = None) -> Iterator[Row]:
-    yield from exact_routing(device)
+    if cases is None:
+        yield from exact_routing(device)
     for case in [*odd_cases(), *model_cases()] if cases is None else cases:
         x = torch.randn(case.tokens, case.hidden, dtype=getattr(torch, case.dtype), device=device)
         weights = case.weights(device)
@@ -135,16 +136,17 @@ def exact(options: Options, device: str = "cuda", cases: Iterable[Case] | None =
 
 
 def exact_routing(
-    device: str, run=routing.run_route, sort=routing.run_sort, routers=ROUTERS, tokens=(1, 33, 4096)
+    device: str, run=routing.run_route, sort=routing.run_sort, routers=ROUTERS, tokens=(1, 33, 4096), dtypes=DTYPES
 ) -> Iterator[Row]:
     """The kernels that choose experts and sort tokens by them: integers equal to torch's."""
-    for (num_experts, top_k), dtype in itertools.product(routers, DTYPES):
+    for (num_experts, top_k), dtype in itertools.product(routers, dtypes):
         logits = distinct_scores(max(tokens), num_experts, device).to(getattr(torch, dtype))
         forms = []
         for (scoring, renormalise), t in itertools.product(SCORINGS, tokens):
             given = {"top_k": top_k, "scoring": scoring, "renormalise": renormalise}
             ours, torchs = functools.partial(run, **given, dtype=None), functools.partial(_routed, **given)
-            forms.append(Form(f"{scoring}{' renormalised' * renormalise} T={t}", {"route": ours}, torchs, (logits[:t],)))
+            name = f"{scoring}{' renormalised' * renormalise} T={t}"
+            forms.append(Form(name, {"route": ours}, torchs, (logits[:t],)))
         yield check_exact(f"route, {num_experts} experts, top {top_k}, {dtype}", forms, device)
     for num_experts, top_k in routers:
         forms = []
