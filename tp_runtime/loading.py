@@ -75,6 +75,11 @@ def load_weights(
         checkpoint = check_checkpoint(resolve(checkpoint))
     _check_fit(checkpoint, state.plan)
     model.to_empty(device=state.comm.device)
+    for _, _, old in state.swaps:
+        if hasattr(old, "scalar_embed_scale"):  # like the angles below: `unpatch` gives it back
+            old.embed_scale = torch.tensor(
+                old.scalar_embed_scale, dtype=old.embed_scale.dtype, device=state.comm.device
+            )
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # its frequencies are computed, not stored
             with torch.device(state.comm.device):
