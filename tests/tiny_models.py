@@ -73,7 +73,7 @@ DENSE_OPTIONS = {
     },
     "gemma3_text": {
         "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window_pattern": 2,
         "query_pre_attn_scalar": 5,
         "final_logit_softcapping": 1.5,
         "tie_word_embeddings": False,
