@@ -53,8 +53,10 @@ def load_checkpoint(
     """`load` of a checkpoint that was checked already."""
     dtype = checkpoint.dtype if config.dtype == "auto" else config.dtype
     hf_config = AutoConfig.from_pretrained(checkpoint.path)
+    # Of transformers' two defaults sdpa does not cap; some releases take it nevertheless.
+    options = {"attn_implementation": "eager"} if adapter_for(checkpoint.model_type).attention_softcap else {}
     with _BUILDING, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype), **options).eval()
     if checkpoint.generation_config:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     patch(model, comm, make_plan(checkpoint.config, comm.size, dtype=dtype), config)
