@@ -13,7 +13,8 @@ ADAPTER = Adapter(
         Weight("model.layers.*.mlp.down_proj.weight", "rowwise", ("hidden", "ffn"), layers="dense"),
         *HEAD,
     ),
+    defaults={"original_max_position_embeddings": 4096},
     flags={"windowed": True},
     rope="partial halves",
-    rope_types=("default",),
+    rope_types=("default", "longrope"),
 )

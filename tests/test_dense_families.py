@@ -132,6 +132,17 @@ def test_norms_and_embeddings_round_as_hugging_faces(family):
             assert got.dtype == torch.bfloat16 and different < 1e-3, path  # sums of squares in another order
 
 
+def test_the_engine_refuses_to_turn_anew():
+    """Catches tokens behind a switch of angles that attend to keys which were turned by those before it."""
+    model = reference("phi3-longrope-switch").copy()
+    tp_runtime.patch(model)
+    engine, ids = Engine(model, None, {**model.config.to_dict(), "eos_token_id": None}, {}), prompt(1)[0].tolist()
+    with pytest.raises(ValueError, match="a prompt of 9 tokens and max_new_tokens=4 go past .*=11, .* up to 3, or"):
+        engine.generate([""], [ids], GenerationOptions(max_new_tokens=4, do_sample=False))
+    (completion,), _ = engine.generate([""], [ids], GenerationOptions(max_new_tokens=3, do_sample=False))
+    assert completion.tokens == reference("phi3-longrope-switch").tokens[0, 9:12].tolist()
+
+
 # Configs
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -155,6 +166,7 @@ PHI_3 = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 2047,
     "original_max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
 }  # fmt: skip
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 STARCODER_2 = {
     "model_type": "starcoder2", "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288,
     "num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2, "norm_epsilon": 1e-5,
@@ -169,6 +181,7 @@ PARAMETERS = {  # as the model cards give them
     "gemma3_text": (GEMMA_3, 999_885_952),
     "gemma2": (GEMMA_2, 9_241_705_984),
     "phi3": (PHI_3, 3_821_079_552),
+    "phi3 128k": ({**PHI_3, "rope_scaling": LONGROPE, "max_position_embeddings": 131072}, 3_821_079_552),
     "starcoder2": (STARCODER_2, 3_030_371_328),
     "smollm3": (SMOLLM_3, 3_075_098_624),
 }
@@ -178,7 +191,7 @@ PARAMETERS = {  # as the model cards give them
 def test_known_sizes_of_published_models(config, count):
     """Catches a weight that is left out or doubled, and a published config that is refused."""
     assert make_plan(config, 1, dtype="bfloat16").weight_bytes(0) == 2 * count
-    check_config(CONFIG_MAPPING[config["model_type"]](**config).to_dict())
+    check_config(CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -198,11 +211,14 @@ def test_known_sizes_of_published_models(config, count):
             {"rope_parameters": {"sliding_attention": {}, "full_attention": {"rope_type": "linear"}}},
             "rope_type 'linear' needs factor",
         ),
+        (PHI_3, {"rope_scaling": {**LONGROPE, "long_factor": ["2"] * 48}}, "is not a list of positive numbers"),
+        (PHI_3, {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' needs short_factor"),
         (
             PHI_3,
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
-            "rope_type 'longrope' is not supported; supported: default",
+            {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.75},
+            "short_factor lists 48 factors, the rotary embedding turns 36 pairs of elements",
         ),
+        (STARCODER_2, {"rope_scaling": LONGROPE}, "rope_type 'longrope' is not supported; supported: default, linear"),
         (PHI_3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         (PHI_3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be a number from 0 to 1"),
         (SMOLLM_3, {"no_rope_layers": [1, 0]}, "no_rope_layers [1, 0] says nothing of some of 36 layers"),

@@ -124,6 +124,12 @@ ROPE = {
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
 }
 _LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+_LONGROPE = {
+    "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    "partial_rotary_factor": 1.0,
+    "head_dim": 4,
+    "original_max_position_embeddings": 8,  # the prompt has 9
+}
 VARIANTS |= {
     "gemma2-plain": ("gemma2", (12, 2), {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma2-tied": ("gemma2", (9, 3), {"tie_word_embeddings": True, "attention_bias": True}),
@@ -143,6 +149,8 @@ VARIANTS |= {
     "starcoder2-unbiased": ("starcoder2", (14, 2), {"use_bias": False, "hidden_act": "relu"}),
     "phi3-sliding": ("phi3", (9, 3), {"sliding_window": 4, "partial_rotary_factor": 1.0}),
     "phi3-tied": ("phi3", (14, 2), {"tie_word_embeddings": True, "hidden_act": "gelu_fast"}),
+    "phi3-longrope": ("phi3", (12, 4), _LONGROPE),
+    "phi3-longrope-switch": ("phi3", (12, 2), {**_LONGROPE, "original_max_position_embeddings": 11}),
     "smollm3-sliding": ("smollm3", (9, 3), {**_SLIDING, "tie_word_embeddings": True}),
     "olmo2-biased": ("olmo2", (9, 3), {"attention_bias": True, "tie_word_embeddings": True}),
 }
@@ -190,7 +198,8 @@ def tiny(
         "num_key_value_heads": num_kv_heads,
         "hidden_size": 4 * num_heads,
     }
-    config = CONFIG_MAPPING[model_type](**{**sizes, **{**EXPERT_SIZES, **DENSE_OPTIONS}.get(model_type, {}), **options})
+    of_family = {**EXPERT_SIZES, **DENSE_OPTIONS}.get(model_type, {})
+    config = CONFIG_MAPPING[model_type](**copy.deepcopy({**sizes, **of_family, **options}))  # it writes into dicts
     with _BUILDING:  # Hugging Face's default experts take no width that is not a multiple of 16 bytes
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)

@@ -65,6 +65,7 @@ ROPE_NEEDS = {  # rope_type -> what it cannot do without
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -135,6 +136,14 @@ def context_length(config: Mapping) -> int | None:
         trained = rope.get("original_max_position_embeddings") or positions
         return max(positions, int(trained * rope["factor"]))
     return positions
+
+
+def rope_switch(config: Mapping) -> int | None:
+    """The longest sequence that longrope turns by its short factors: one that is longer is turned by other angles from
+    its first token on. None where positions are encoded otherwise."""
+    if _ropes(config)[0]["rope_type"] != "longrope":
+        return None
+    return adapter_for(config["model_type"]).resolve(config)["original_max_position_embeddings"]
 
 
 def _check_choice(key: str, value: object, supported: tuple[str, ...]) -> None:
@@ -213,6 +222,19 @@ def _check_rope(adapter: Adapter, config: Mapping) -> None:
         if missing := [key for key in ROPE_NEEDS[rope["rope_type"]] if rope.get(key) is None]:
             raise ValueError(f"rope_type {rope['rope_type']!r} needs {missing[0]}, which the config does not give")
         _check_limits(rope)
+        if rope["rope_type"] == "longrope":
+            _check_factors({**adapter.resolve(config), **rope})
+
+
+def _check_factors(values: Mapping) -> None:
+    """Of longrope: a factor for each pair of elements that is turned."""
+    size = int(values["head_dim"] * (values.get("partial_rotary_factor") or 1.0)) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = values[key]
+        if not isinstance(factors, list) or not all(type(f) in NUMBER and 1e-6 <= f <= 1e15 for f in factors):
+            raise ValueError(f"{key} {factors!r:.80} is not a list of positive numbers")
+        if len(factors) != size:
+            raise ValueError(f"{key} lists {len(factors)} factors, the rotary embedding turns {size} pairs of elements")
 
 
 def _check_token_ids(config: Mapping) -> None:
