@@ -6,10 +6,11 @@ after it:
 
     vocab       vocabulary                      q    query heads * head size
     ffn         dense intermediate size         kv   key/value heads * head size
-    expert_ffn  expert intermediate size        2*expert_ffn  gate and up, stacked in this order
+    expert_ffn  expert intermediate size
     shared_ffn  shared expert's intermediate size
 
-The letters `hidden`, `head_dim`, `experts` and `one` are never cut.
+Letters with a plus between them are stacked in this order, and each is cut by itself: `q+kv+kv`, `ffn+ffn`. The letters
+`hidden`, `head_dim`, `experts` and `one` are never cut.
 
 This file imports nothing: pre-flight checks and plans are made from it without torch and without transformers.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 FAMILIES = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
     *("qwen2_moe", "olmoe", "granitemoe", "llama4_text"),
+    *("gemma2", "gemma3_text", "granite", "starcoder2", "phi3", "smollm3", "olmo2"),
 )
 
 
@@ -113,16 +115,24 @@ class Adapter:
         flags: which optional weights the family has: always (True), or as the named config value says. A flag that is
             not listed is false.
             Beside weights: `renormalised`, whether the weights of a token's experts are made to sum to 1; `windowed`,
-            whether the attention function is told the config's sliding window.
+            whether the attention function is told the config's sliding window; `no_rope_layers`, whether the config's
+            list of that name says which layers know no positions.
         widths: the config value that holds the size of each letter of an intermediate size.
+        activation: the config value that names the feed-forward block's activation.
         feed_forward: name of the feed-forward block in a decoder layer.
         routing: how its sparse layers choose experts.
         sparse_step: config value n: every n-th layer is sparse, in a family that has both kinds.
         dense_layers: config value that lists layers which are dense nevertheless.
         sparse_layers_list: config value that, where it is given, lists the sparse layers instead.
         rope: which elements of a head the rotary embedding turns together: `halves`, i and i + D / 2, or `pairs`, 2i
-            and 2i + 1.
+            and 2i + 1; `partial halves`: of a part of the head, which the config gives; `float32 halves`: in float32.
+        rope_types: how a config may stretch the positions.
+        norm: what a normed row is multiplied with: `weight`, the row rounded to the model's dtype before, or, both in
+            float32, `float32 weight` or `1 + weight`.
         layer_types: what the config may call its layers.
+        attention_softcap: the config value that attention scores are capped with before the softmax, softly:
+            cap * tanh(score / cap).
+        logits_softcap: the same of `lm_head`'s output.
         logits_scaling: the config value that the model divides `lm_head`'s output by, where there is one.
         prefix: what a tensor's name may begin with on disk, where the checkpoint holds other models too.
         module: folder of transformers that the family's code lies in, where it is not the model type.
@@ -135,13 +145,18 @@ class Adapter:
     defaults: Mapping[str, object] = field(default_factory=dict)
     flags: Mapping[str, bool | str] = field(default_factory=dict)
     widths: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "hidden_act"
     feed_forward: str = "mlp"
     routing: Routing = Routing()
     sparse_step: str = "decoder_sparse_step"
     dense_layers: str = "mlp_only_layers"
     sparse_layers_list: str = ""
     rope: str = "halves"
+    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+    norm: str = "weight"
     layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
+    attention_softcap: str = ""
+    logits_softcap: str = ""
     logits_scaling: str = ""
     prefix: str = ""
     module: str = ""
@@ -177,12 +192,11 @@ class Adapter:
         }
         if self._has("sparse"):
             sizes["experts"] = c["num_local_experts"]
-        for letter in ("ffn", "expert_ffn", "shared_ffn"):
-            if any(letter in w.shape for w in self.weights):
-                sizes[letter] = c[self.widths.get(letter, "intermediate_size")]
-        if "expert_ffn" in sizes:
-            sizes["2*expert_ffn"] = 2 * sizes["expert_ffn"]
-        return sizes
+        stacks = {letter for w in self.weights for letter in w.shape}
+        single = {letter for stack in stacks for letter in stack.split("+")}
+        for letter in single & {"ffn", "expert_ffn", "shared_ffn"}:
+            sizes[letter] = c[self.widths.get(letter, "intermediate_size")]
+        return {**sizes, **{stack: sum(sizes[letter] for letter in stack.split("+")) for stack in stacks}}
 
     def sparse_layers(self, config: Mapping) -> tuple[int, ...]:
         """Indices of the decoder layers that have experts; where a family has both kinds, its config says which."""
@@ -259,12 +273,9 @@ def adapter_for(model_type: str) -> Adapter:
 
 
 EMBEDDING = Weight("model.embed_tokens.weight", "embedding_rowwise", ("vocab", "hidden"))
-HEAD = (
-    Weight("model.norm.weight", "replicate", ("hidden",)),
-    Weight("lm_head.weight", "colwise_gather_output", ("vocab", "hidden"), when="!tied"),
-)
-ATTENTION = (
-    Weight("model.layers.*.input_layernorm.weight", "replicate", ("hidden",)),
+LM_HEAD = Weight("lm_head.weight", "colwise_gather_output", ("vocab", "hidden"), when="!tied")
+HEAD = (Weight("model.norm.weight", "replicate", ("hidden",)), LM_HEAD)
+PROJECTIONS = (
     Weight("model.layers.*.self_attn.q_proj.weight", "colwise", ("q", "hidden")),
     Weight("model.layers.*.self_attn.q_proj.bias", "colwise", ("q",), when="qkv_bias"),
     Weight("model.layers.*.self_attn.k_proj.weight", "colwise", ("kv", "hidden")),
@@ -278,8 +289,15 @@ ATTENTION = (
     Weight("model.layers.*.self_attn.k_norm.weight", "colwise", ("kv",), when="wide_qk_norm"),
     Weight("model.layers.*.self_attn.o_proj.weight", "rowwise", ("hidden", "q")),
     Weight("model.layers.*.self_attn.o_proj.bias", "replicate", ("hidden",), when="o_bias"),
-    Weight("model.layers.*.post_attention_layernorm.weight", "replicate", ("hidden",)),
 )
+
+
+def norm(name: str, part: str = "weight") -> Weight:
+    """A norm of a decoder layer, or its bias."""
+    return Weight(f"model.layers.*.{name}.{part}", "replicate", ("hidden",))
+
+
+ATTENTION = (norm("input_layernorm"), *PROJECTIONS, norm("post_attention_layernorm"))
 
 
 def gated_ffn(block: str = "mlp", width: str = "ffn", layers: str = "dense") -> tuple[Weight, ...]:
@@ -297,7 +315,7 @@ def gated_ffn(block: str = "mlp", width: str = "ffn", layers: str = "dense") -> 
 
 def experts(block: str = "mlp", router: str = "gate", is_transposed: bool = False) -> tuple[Weight, ...]:
     """The weights of a router and its packed experts; transposed: [E, H, 2I] and [E, I, H], for x @ w."""
-    gate_up, down = ("2*expert_ffn", "hidden"), ("hidden", "expert_ffn")
+    gate_up, down = ("expert_ffn+expert_ffn", "hidden"), ("hidden", "expert_ffn")
     styles = "packed_colwise", "rowwise"
     if is_transposed:
         gate_up, down, styles = gate_up[::-1], down[::-1], ("packed_rowwise", "colwise")

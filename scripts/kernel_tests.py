@@ -28,6 +28,11 @@ def test_files():
     return [str(file) for file in sorted(TESTS.glob("test_*.py")) if HARNESS.search(file.read_text())]
 
 
+def requirements(wanted):
+    """Triton, and what it needs beside it: 3.6 interpreted makes numbers of arrays, which numpy 2.4 refuses."""
+    return [f"triton=={wanted}", *(["numpy<2.4"] if wanted.startswith("3.6.") else [])]
+
+
 def triton_folder(wanted):
     """The folder that holds Triton `wanted` for this python; installs it there unless it is there already."""
     folder = BUILD / f"triton-{wanted}-{sys.implementation.cache_tag}"
@@ -38,7 +43,7 @@ def triton_folder(wanted):
         target = Path(unfinished, "site")
         uv = shutil.which("uv")
         pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
-        command = [*pip, "--quiet", "--no-deps", "--target", str(target), f"triton=={wanted}"]
+        command = [*pip, "--quiet", "--no-deps", "--target", str(target), *requirements(wanted)]
         print(f"Installing triton {wanted} into {folder.relative_to(ROOT)}", file=sys.stderr)
         if subprocess.run(command, stdout=sys.stderr).returncode != 0:
             raise SystemExit(f"This failed: {' '.join(command)}")

@@ -74,6 +74,13 @@ def test_another_triton_is_installed_alone_and_once(installs, became, tmp_path, 
     assert command[-1] == "triton==0.1.0"
 
 
+def test_old_tritons_bring_their_numpy(installs, became):
+    """Catches an interpreter that fails in every test, for an error that is numpy's."""
+    became("--triton", "3.6.0")
+    became("--triton", "3.9.0")
+    assert installs[0][-2:] == ["triton==3.6.0", "numpy<2.4"] and installs[1][-1] == "triton==3.9.0"
+
+
 def test_a_failed_install_leaves_nothing(installs, monkeypatch, tmp_path):
     """Catches half a Triton that the next run takes for a whole one."""
     record = kernel_tests.subprocess.run

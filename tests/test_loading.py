@@ -139,7 +139,7 @@ def test_each_rank_reads_its_own_bytes(name, tp_size, folder_of):
         assert read == held
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-biased", "mixtral-400"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama-biased", "mixtral-400", "gemma2-tied", "phi3-9/3"])
 def test_nothing_is_left_as_it_was_allocated(name, folder_of):
     """Catches a parameter, a buffer or a row of zeros that is right by the luck of fresh memory."""
     whole = reference(name)
@@ -183,7 +183,11 @@ def test_dtype_is_the_asked_one_or_the_stored_one(stored, wanted, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-biased", "llama-llama3", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"],
+    [
+        *("llama-biased", "llama-llama3", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied"),
+        *("qwen3_moe-dense-first", "gemma2-tied", "gemma3_text-ropes", "granite-9/3", "starcoder2-sliding"),
+        *("phi3-tied", "smollm3-9/3", "olmo2-9/3"),
+    ],
 )
 def test_unpatch_after_load_gives_the_whole_model(name, folder_of, tmp_path):
     """Catches parameters that stay on meta, and a rotary embedding whose frequencies were never computed."""

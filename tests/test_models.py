@@ -17,7 +17,9 @@ TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 VARIANTS = [
     {},
@@ -34,6 +36,7 @@ CASES += [(family, {"decoder_sparse_step": 2}) for family in ("qwen3_moe", "qwen
 CASES += [("qwen2_moe", {"qkv_bias": False}), ("qwen2_moe", {"shared_expert_intermediate_size": 24})]
 CASES += [("llama4_text", {"moe_layers": [2]}), ("llama4_text", {"moe_layers": []}), ("llama4_text", {"head_dim": 8})]
 CASES += [("llama4_text", {"interleave_moe_layer_step": 2}), ("llama4_text", {"intermediate_size_mlp": 40})]
+CASES += [("starcoder2", {"use_bias": False}), ("phi3", {"partial_rotary_factor": 0.5})]
 # Keys of other families, which transformers keeps in the config and does not read.
 CASES += [("llama", {"num_experts": 4})]
 CASES += [("mixtral", {"mlp_only_layers": [0]}), ("mixtral", {"moe_intermediate_size": 8})]
@@ -48,6 +51,7 @@ OPTIONAL = (
         "interleave_moe_layer_step",
         "moe_layers",
     ),
+    *("use_bias", "sliding_window", "layer_types"),
 )
 
 

@@ -82,7 +82,11 @@ def test_every_option_of_a_variant_changes_the_logits():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-biased", "mixtral-sliding", "qwen3_moe-dense-first", "qwen2_moe-mixed", "llama4_text-sparse"]
+    "name",
+    [
+        *("llama-biased", "mixtral-sliding", "qwen3_moe-dense-first", "qwen2_moe-mixed", "llama4_text-sparse"),
+        *("gemma3_text-tied", "phi3-tied", "starcoder2-sliding"),
+    ],
 )
 def test_the_models_own_outputs_stay(name):
     """Catches outputs and arguments that a replaced module swallows: loss, states, router logits, positions."""
@@ -131,6 +135,8 @@ def test_attention_implementations(name, implementation):
     [
         *("llama-12/2", "qwen2-mixed", "mistral-sliding", "mixtral-sliding", "qwen3_moe-sliding"),
         *("qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-12/1"),
+        *("gemma2-tied", "gemma3_text-14/2", "granite-tied", "starcoder2-sliding", "phi3-sliding", "smollm3-sliding"),
+        "olmo2-biased",
     ],
 )
 def test_attention_functions_are_told_what_hugging_face_tells_them(name):
@@ -138,9 +144,10 @@ def test_attention_functions_are_told_what_hugging_face_tells_them(name):
     told = []
 
     def spy(module, q, k, v, mask, **options):
-        known = ("scaling", "dropout", "sliding_window", "use_cache", "position_ids")
+        known = ("scaling", "dropout", "sliding_window", "softcap", "use_cache", "position_ids")
         about = {key: options.get(key) for key in known}
         told.append({**about, "layer": module.layer_idx, "causal": module.is_causal, "head_dim": q.shape[-1]})
+        options.pop("softcap", None)
         return sdpa_attention_forward(module, q, k, v, mask, **options)
 
     AttentionInterface.register("spy", spy)
@@ -227,7 +234,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("mode", [*MODES, *SAMPLED])
-@pytest.mark.parametrize("name, tp_size", [("qwen2-mixed", 2), ("mixtral-sliding", 4)])
+@pytest.mark.parametrize("name, tp_size", [("qwen2-mixed", 2), ("mixtral-sliding", 4), ("gemma3_text-9/3", 3)])
 def test_generate_gives_the_unpatched_models_tokens(name, tp_size, mode):
     """Catches a cache for all heads, draws or stops that differ between ranks, padding that is attended to."""
     want = said(name, mode)
@@ -447,7 +454,11 @@ def bytes_of(tensors) -> int:
 
 @pytest.mark.parametrize("tp_size", [1, 3, 5])
 @pytest.mark.parametrize(
-    "name", ["llama-biased", "qwen2-tied", "qwen3-9/3", "mixtral-400", "qwen3_moe-dense-first", "llama4_text-sparse"]
+    "name",
+    [
+        *("llama-biased", "qwen2-tied", "qwen3-9/3", "mixtral-400", "qwen3_moe-dense-first", "llama4_text-sparse"),
+        *("gemma2-tied", "starcoder2-14/2", "phi3-9/3", "olmo2-14/2"),
+    ],
 )
 def test_the_weights_of_other_ranks_are_released(name, tp_size):
     """Catches full weights that stay behind a name: a model that fits on two GPUs would not."""
@@ -512,6 +523,8 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
     [
         *("llama-biased", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"),
         *("qwen2_moe-dense-first", "olmoe-clipped", "granitemoe-tied", "llama4_text-14/2"),
+        *("gemma2-tied", "gemma3_text-14/2", "granite-9/3", "starcoder2-sliding", "phi3-tied", "smollm3-9/3"),
+        "olmo2-biased",
     ],
 )
 def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):

@@ -32,6 +32,7 @@ FAMILIES = [
     {**MIXTRAL, "model_type": "olmoe", "hidden_size": 96, "head_dim": 8},
     {**MIXTRAL, "model_type": "granitemoe"},
     {**LLAMA4, "interleave_moe_layer_step": 2},
+    *({**TINY, "model_type": family} for family in ("gemma2", "starcoder2", "phi3", "olmo2")),
 ]
 
 LLAMA_70B = {
@@ -103,7 +104,7 @@ def test_every_parameter_is_covered(config, dtype):
                 assert held == [list(range(p.shape[0]))] * tp_size
                 continue
             size = p.shape[p.dim]
-            is_kv = any(f".{module}." in p.name for module in ("k_proj", "v_proj", "k_norm"))
+            is_kv = any(f".{module}." in p.name for module in ("k_proj", "v_proj", "k_norm", "qkv_proj"))
             everyone = [i for part in held for i in part]
             assert sorted(set(everyone)) == list(range(size)), p.name
             assert is_kv or len(everyone) == size, p.name
@@ -122,17 +123,23 @@ def test_outputs_of_a_column_cut_are_inputs_of_the_row_cut(config):
     for tp_size in (1, 2, 3, 5, 8, 12):
         plan = make_plan(config, tp_size)
         for p in plan.parameters:
-            into = {"gate_proj": "down_proj", "up_proj": "down_proj", "q_proj": "o_proj"}
+            into = {"gate_proj": "down_proj", "up_proj": "down_proj", "q_proj": "o_proj", "c_fc": "c_proj"}
             module = p.name.split(".")[-2]
             if module in into:
                 after = p.name.rsplit(".", 2)[0] + f".{into[module]}.weight"
                 assert p.ranges == next(o.ranges for o in plan.parameters if o.name == after)
-            if p.style.startswith("packed"):
-                down = next(o for o in plan.parameters if o.name.endswith("experts.down_proj"))
+            experts = "experts." if "experts" in p.name else ""
+            if p.name.endswith("qkv_proj.weight"):
+                first = 8 * 12, 8 * (12 + 4)  # of the keys and the values: 12 query heads, 4 key/value heads of 8
+                for packed, heads in zip(p.ranges, plan.heads):
+                    q, (start, stop) = tuple(8 * i for i in heads.query), (8 * i for i in heads.kv)
+                    assert packed == (q, *((offset + start, offset + stop) for offset in first))
+            elif p.style.startswith("packed"):
+                down = next(o for o in plan.parameters if f".{experts}down_proj" in o.name)
                 width = down.shape[down.dim]
                 for packed, (own,) in zip(p.ranges, down.ranges):
                     assert packed == (own, (own[0] + width, own[1] + width))
-        if not config.get("tie_word_embeddings"):
+        if "lm_head.weight" in plan.names():
             assert plan.parameter("lm_head.weight").ranges == plan.parameter("model.embed_tokens.weight").ranges
 
 
@@ -148,7 +155,7 @@ def test_random_configs():
             "num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads,
             "head_dim": 2 * rng.randint(1, 9),
         }  # fmt: skip
-        if config["model_type"] == "olmoe":  # its norms are hidden_size wide
+        if config["model_type"] in ("olmoe", "gemma2"):  # they ask for it, or for whole heads in it
             config["hidden_size"] = config["num_attention_heads"] * config["head_dim"]
         dtype = rng.choice(list(ITEM_BYTES))
         tp_size = rng.randint(1, kv_heads * group)
@@ -191,11 +198,13 @@ def test_collectives():
     assert (head.op, head.bytes_per_token) == ("all_gather", 128256 * 2)
     names = [c.name for c in make_plan(QWEN3_MOE, 2).collectives if c.layers == (1,)]
     assert names == ["model.layers.*.mlp.experts.down_proj"]  # layer 0 is dense
-    qwen2_moe, olmoe, _, llama4 = (make_plan(config, 2) for config in FAMILIES[-4:])
+    qwen2_moe, olmoe, _, llama4 = (make_plan(config, 2) for config in FAMILIES[-8:-4])
     for plan, block in (qwen2_moe, "mlp"), (llama4, "feed_forward"):
         (merged,) = (c for c in plan.collectives if "expert" in c.name)
         assert merged.name == f"model.layers.*.{block}.experts.down_proj + shared_expert.down_proj"
         assert (merged.layers, merged.bytes_per_token) == ((1,), 96 * 4)
+    names = [c.name for c in make_plan(FAMILIES[-3], 2).collectives if c.layers]  # starcoder2
+    assert names == ["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.c_proj"]
     (norms,) = (c for c in olmoe.collectives if "norm" in c.name)
     assert (norms.name, norms.bytes_per_token) == ("model.layers.*.self_attn.q_norm + k_norm", 8)
 

@@ -61,6 +61,34 @@ EXPERT_SIZES = {
     },
 }
 SPARSE = tuple(EXPERT_SIZES)
+_NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # those of the real vocabulary
+# What dense families have beside sizes, so that it shows in models this small. Windows shorter than the prompt.
+DENSE_OPTIONS = {
+    "gemma2": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 1.5,
+        "tie_word_embeddings": False,
+    },
+    "granite": {
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.8,
+    },
+    "starcoder2": {"tie_word_embeddings": False, **_NO_IDS},
+    "phi3": {"partial_rotary_factor": 0.5, **_NO_IDS},
+    "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": False, **_NO_IDS},
+    "olmo2": _NO_IDS,
+}
 EVERY_SIZE = (1, 2, 3, 4, 5)  # tp_size
 TOLERANCE = 2e-5  # of float32 logits; seen: 3e-6
 
@@ -95,6 +123,37 @@ ROPE = {
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
 }
+_LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+_LONGROPE = {
+    "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    "partial_rotary_factor": 1.0,
+    "head_dim": 4,
+    "original_max_position_embeddings": 8,  # the prompt has 9
+}
+VARIANTS |= {
+    "gemma2-plain": ("gemma2", (12, 2), {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-tied": ("gemma2", (9, 3), {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma3_text-tied": ("gemma3_text", (14, 2), {"tie_word_embeddings": True, "hidden_activation": "silu"}),
+    "gemma3_text-ropes": (
+        "gemma3_text",
+        (9, 3),
+        {
+            "rope_parameters": {
+                "sliding_attention": _LOCAL,
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            }
+        },
+    ),
+    "granite-tied": ("granite", (9, 3), {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "starcoder2-sliding": ("starcoder2", (9, 3), {"sliding_window": 4, "tie_word_embeddings": True}),
+    "starcoder2-unbiased": ("starcoder2", (14, 2), {"use_bias": False, "hidden_act": "relu"}),
+    "phi3-sliding": ("phi3", (9, 3), {"sliding_window": 4, "partial_rotary_factor": 1.0}),
+    "phi3-tied": ("phi3", (14, 2), {"tie_word_embeddings": True, "hidden_act": "gelu_fast"}),
+    "phi3-longrope": ("phi3", (12, 4), _LONGROPE),
+    "phi3-longrope-switch": ("phi3", (12, 2), {**_LONGROPE, "original_max_position_embeddings": 11}),
+    "smollm3-sliding": ("smollm3", (9, 3), {**_SLIDING, "tie_word_embeddings": True}),
+    "olmo2-biased": ("olmo2", (9, 3), {"attention_bias": True, "tie_word_embeddings": True}),
+}
 for _type, _scaling in ROPE.items():
     _rope = {"rope_parameters": {"rope_type": _type, "rope_theta": 10000.0, **_scaling}}
     VARIANTS[f"llama-{_type}"] = (
@@ -105,7 +164,7 @@ for _type, _scaling in ROPE.items():
 
 _BUILDING = threading.Lock()  # Hugging Face builds a model under a default dtype that all threads share
 
-_HEADS_OF = dict.fromkeys(FAMILIES[:6], HEADS)
+_HEADS_OF = dict.fromkeys(FAMILIES[:6], HEADS) | dict.fromkeys(DENSE_OPTIONS, FEW_HEADS[1:])
 CASES = [f"{family}-{q}/{kv}" for family in FAMILIES for q, kv in _HEADS_OF.get(family, FEW_HEADS)] + [*VARIANTS]
 
 
@@ -139,7 +198,8 @@ def tiny(
         "num_key_value_heads": num_kv_heads,
         "hidden_size": 4 * num_heads,
     }
-    config = CONFIG_MAPPING[model_type](**{**sizes, **EXPERT_SIZES.get(model_type, {}), **options})
+    of_family = {**EXPERT_SIZES, **DENSE_OPTIONS}.get(model_type, {})
+    config = CONFIG_MAPPING[model_type](**copy.deepcopy({**sizes, **of_family, **options}))  # it writes into dicts
     with _BUILDING:  # Hugging Face's default experts take no width that is not a multiple of 16 bytes
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)

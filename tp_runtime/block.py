@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layers import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from .layers import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from .model_config import FUSED_ACTIVATIONS
 from .plan import HeadPlan, Range
 
@@ -31,20 +31,22 @@ class RotaryEmbedding(nn.Module):
     once a forward pass, not once a layer.
 
     Args:
-        rope: which elements of a head turn together, `halves` or `pairs`.
+        rope: which elements of a head turn together, as in `Adapter.rope`.
 
     Returns:
-        `halves`: cos and signed sin, [B, 1, S, D] each; `pairs`: cos + i sin, [B, 1, S, D / 2].
+        `halves`: cos and signed sin, [B, 1, S, D] each, D of what is turned; `pairs`: cos + i sin, [B, 1, S, D / 2].
     """
 
     def __init__(self, rotary_emb: nn.Module, rope: str = "halves"):
         super().__init__()
         self.rotary_emb, self.rope = rotary_emb, rope
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         if self.rope == "pairs":
             return self.rotary_emb(x, position_ids=position_ids).unsqueeze(1)
-        cos, sin = self.rotary_emb(x, position_ids=position_ids)
+        cos, sin = self.rotary_emb(x, position_ids, *layer_type)
         low, high = sin.chunk(2, dim=-1)
         return cos.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)
 
@@ -58,10 +60,14 @@ class WideRMSNorm(nn.Module):
         width: of all heads.
         part: this rank's elements of it.
         counted: those of them that it answers for in the sum: of the ranks that hold the same head, the first.
+        is_rounded: whether the normed x is rounded before the weight; else once, after it.
     """
 
-    def __init__(self, width: int, part: Range, counted: Range, eps: float, like: torch.Tensor):
+    def __init__(
+        self, width: int, part: Range, counted: Range, eps: float, like: torch.Tensor, is_rounded: bool = True
+    ):
         super().__init__()
+        self._is_rounded = is_rounded
         weight = torch.empty(part[1] - part[0], dtype=like.dtype, device=like.device)
         self.weight, self.width, self.eps = nn.Parameter(weight, requires_grad=False), width, eps
         self._counted = slice(counted[0] - part[0], counted[1] - part[0])
@@ -72,7 +78,8 @@ class WideRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """[..., part], given the whole sum [..., 1]."""
-        return self.weight * (x.float() * torch.rsqrt(squares / self.width + self.eps)).type_as(x)
+        y = x.float() * torch.rsqrt(squares / self.width + self.eps)
+        return self.weight * y.type_as(x) if self._is_rounded else (self.weight * y).type_as(x)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.weight.detach()}
@@ -86,7 +93,7 @@ class ParallelAttention(nn.Module):
 
     What families do to q and k on the way, each where the config or the family says so:
 
-        norm over all heads, clip (OLMoE)  ->  norm of each head  ->  turn by position  ->  norm of each head, or in
+        norm over all heads, clip (OLMo)   ->  norm of each head  ->  turn by position  ->  norm of each head, or in
                                                                       layers that know none a growing scale (Llama 4)
 
     Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide,
@@ -95,8 +102,9 @@ class ParallelAttention(nn.Module):
 
     Args:
         attention: Hugging Face's module.
-        rope: which elements of a head turn together, `halves` or `pairs`.
+        rope: which elements of a head turn together, as in `Adapter.rope`.
         is_windowed: whether the attention function is told the sliding window.
+        softcap: what it is told to cap the scores with, if anything.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class ParallelAttention(nn.Module):
         o_proj: RowParallelLinear,
         rope: str = "halves",
         is_windowed: bool = True,
+        softcap: float | None = None,
     ):
         super().__init__()
         self.config, self.layer_idx = attention.config, attention.layer_idx
@@ -115,6 +124,10 @@ class ParallelAttention(nn.Module):
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
         self.sliding_window = window if is_windowed else None
+        self._plain_sdpa = _HF_SDPA if softcap is None else None  # it would not cap
+        self._options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
+        if softcap is not None:
+            self._options["softcap"] = softcap
         self._eager = sys.modules[type(attention).__module__].eager_attention_forward
         self._split_q_k = [heads.num_heads, heads.num_kv_heads]
         self._split_qk_v = [heads.num_heads + heads.num_kv_heads, heads.num_kv_heads]
@@ -128,8 +141,10 @@ class ParallelAttention(nn.Module):
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.has_wide_norm = has_norms and isinstance(self.q_norm, WideRMSNorm)
         self.has_qk_norm = has_norms and not self.has_wide_norm
-        self._turns_halves = rope == "halves"
-        self._knows_positions = getattr(attention, "use_rope", True)
+        self._knows_positions = bool(getattr(attention, "use_rope", True))
+        self._turns_halves = rope == "halves" and self._knows_positions
+        self._turns_pairs = rope == "pairs"
+        self._clip = getattr(self.config, "clip_qkv", None)
         self._last_norm_eps = attention.qk_norm.eps if hasattr(attention, "qk_norm") else None
 
     def forward(
@@ -157,20 +172,20 @@ class ParallelAttention(nn.Module):
             cos, signed_sin = position_embeddings
             qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
         else:
-            qk = self._as_in_llama4(qk, position_embeddings, past_key_values)
+            turn = self._as_in_llama4 if self._turns_pairs else self._turned
+            qk = turn(qk, position_embeddings, past_key_values)
         q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if self._queries_of_kv:
             k, v = self._one_for_each_query(k), self._one_for_each_query(v)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
-        if length == 1 and attention_mask is None and attend is _HF_SDPA:
+        if length == 1 and attention_mask is None and attend is self._plain_sdpa:
             # One token that sees every key: what Hugging Face's function comes down to, without 4 us of its questions.
             is_grouped = self.num_key_value_groups > 1
             y = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=is_grouped).transpose(1, 2)
         else:
-            options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window, **kwargs}
-            y, _ = attend(self, q, k, v, attention_mask, **options)
+            y, _ = attend(self, q, k, v, attention_mask, **self._options, **kwargs)
         return modules["o_proj"](y.reshape(batch, length, -1)), None
 
     def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
@@ -178,8 +193,18 @@ class ParallelAttention(nn.Module):
         q, k, v = qkv.split([heads * self.head_dim for heads in (*self._split_q_k, self._split_qk_v[1])], -1)
         squares = self.o_proj.overlap.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
         qkv = torch.cat((self.q_norm(q, squares[..., :1]), self.k_norm(k, squares[..., 1:]), v), -1)
-        clip = self.config.clip_qkv
-        return qkv if clip is None else qkv.clamp_(-clip, clip)
+        return qkv if self._clip is None else qkv.clamp_(-self._clip, self._clip)
+
+    def _turned(self, qk: torch.Tensor, position_embeddings: tuple, past_key_values) -> torch.Tensor:
+        """q and k [B, H, S, D], the first elements of each head turned, as many as there are angles, and as exactly;
+        none in a layer that knows no positions."""
+        if not self._knows_positions:
+            return qk
+        cos, signed_sin = position_embeddings
+        size = cos.shape[-1]
+        part = qk[..., :size]
+        turned = torch.addcmul(part * cos, part.roll(size // 2, -1), signed_sin).type_as(qk)
+        return turned if size == self.head_dim else torch.cat((turned, qk[..., size:]), dim=-1)
 
     def _as_in_llama4(self, qk: torch.Tensor, position_embeddings: torch.Tensor, past_key_values) -> torch.Tensor:
         """q and k [B, H, S, D]: elements 2i and 2i + 1 turned in float32, and normalised; in a layer that knows no
@@ -226,3 +251,14 @@ class ParallelMLP(nn.Module):
             gate, up = modules["gate_up_proj"](x).chunk(2, -1)
             return modules["down_proj"](self.act_fn(gate).mul_(up))
         return modules["down_proj"](modules["gate_up_proj"].gated(x, self.activation))
+
+
+class UngatedMLP(nn.Module):
+    """c_proj(act(c_fc(x))), cut along the intermediate width."""
+
+    def __init__(self, c_fc: ColumnParallelLinear, c_proj: RowParallelLinear, act_fn: nn.Module):
+        super().__init__()
+        self.c_fc, self.c_proj, self.act_fn = c_fc, c_proj, act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.act_fn(self.c_fc(x)))

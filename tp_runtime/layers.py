@@ -21,6 +21,7 @@ from torch import nn
 from .comm import Communicator
 from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
+from .kernels.rms_norm import rms_norm
 from .overlap import Overlap, few_elements, row_parallel
 from .plan import Range
 
@@ -122,11 +123,23 @@ class VocabParallelEmbedding(nn.Module):
     A rank looks up the tokens of other ranks in a row of zeros that it keeps before its first and after its last row,
     so that a lookup is a clamp and a gather. The first rank has none before and the last none after: there, an id
     outside the vocabulary is the IndexError that it is in `nn.Embedding`.
+
+    Args:
+        scale: what the looked-up rows are multiplied with, rounded to the table's dtype before (Gemma).
     """
 
-    def __init__(self, vocab: Range, vocab_size: int, hidden_size: int, like: torch.Tensor, comm: Communicator):
+    def __init__(
+        self,
+        vocab: Range,
+        vocab_size: int,
+        hidden_size: int,
+        like: torch.Tensor,
+        comm: Communicator,
+        scale: float = 1.0,
+    ):
         super().__init__()
         self.vocab, self.vocab_size, self.comm = vocab, vocab_size, comm
+        self.scale = torch.tensor(scale, dtype=like.dtype, device="cpu").item()
         start, stop = vocab
         self._before, self._after = int(start > 0), int(stop < vocab_size)
         self.weight = _parameter(self._before + stop - start + self._after, hidden_size, like=like)
@@ -147,9 +160,11 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.comm.size == 1:
-            return F.embedding(ids, self.weight)
-        local = (ids - (self.vocab[0] - self._before)).clamp_(*self._bounds)
-        return self.comm.all_reduce(F.embedding(local, self.weight))
+            rows = F.embedding(ids, self.weight)
+        else:
+            local = (ids - (self.vocab[0] - self._before)).clamp_(*self._bounds)
+            rows = self.comm.all_reduce(F.embedding(local, self.weight))
+        return rows if self.scale == 1 else rows * self.scale
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.rows()}
@@ -165,6 +180,7 @@ class ParallelLMHead(nn.Module):
         vocab: each rank's part of the vocabulary.
         tied: the embedding whose table this head shares, or None.
         logits_scaling: what Hugging Face's model divides this module's output by, to get its logits.
+        logits_softcap: what it then caps them with, cap * tanh(logits / cap).
     """
 
     def __init__(
@@ -175,9 +191,11 @@ class ParallelLMHead(nn.Module):
         comm: Communicator,
         tied: VocabParallelEmbedding | None = None,
         logits_scaling: float = 1.0,
+        logits_softcap: float | None = None,
     ):
         super().__init__()
-        self.comm, self.hidden_size, self.logits_scaling = comm, hidden_size, logits_scaling
+        self.comm, self.hidden_size = comm, hidden_size
+        self.logits_scaling, self.logits_softcap = logits_scaling, logits_softcap
         self.lengths = [stop - start for start, stop in vocab]
         self.vocab = vocab[comm.rank]
         object.__setattr__(self, "tied", tied)  # not a child: the embedding stands in the module tree once
@@ -192,7 +210,9 @@ class ParallelLMHead(nn.Module):
     def logits_shard_v(self, x: torch.Tensor) -> torch.Tensor:
         """The model's logits of this rank's part of the vocabulary, [..., V_r]."""
         y = gemm(x, self.weight)
-        return y if self.logits_scaling == 1 else y / self.logits_scaling
+        if self.logits_scaling != 1:
+            y = y / self.logits_scaling
+        return y if self.logits_softcap is None else torch.tanh(y / self.logits_softcap) * self.logits_softcap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.comm.all_gather(gemm(x, self.weight), self.lengths)
@@ -221,3 +241,10 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._shape}, eps={self.eps}"
+
+
+class UnitOffsetRMSNorm(RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), all in float32, rounded once (Gemma)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self._parameters["weight"], self.eps, unit_offset=True)

@@ -53,8 +53,10 @@ def load_checkpoint(
     """`load` of a checkpoint that was checked already."""
     dtype = checkpoint.dtype if config.dtype == "auto" else config.dtype
     hf_config = AutoConfig.from_pretrained(checkpoint.path)
+    # Of transformers' two defaults sdpa does not cap; some releases take it nevertheless.
+    options = {"attn_implementation": "eager"} if adapter_for(checkpoint.model_type).attention_softcap else {}
     with _BUILDING, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype), **options).eval()
     if checkpoint.generation_config:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     patch(model, comm, make_plan(checkpoint.config, comm.size, dtype=dtype), config)
@@ -75,6 +77,11 @@ def load_weights(
         checkpoint = check_checkpoint(resolve(checkpoint))
     _check_fit(checkpoint, state.plan)
     model.to_empty(device=state.comm.device)
+    for _, _, old in state.swaps:
+        if hasattr(old, "scalar_embed_scale"):  # like the angles below: `unpatch` gives it back
+            old.embed_scale = torch.tensor(
+                old.scalar_embed_scale, dtype=old.embed_scale.dtype, device=state.comm.device
+            )
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):  # its frequencies are computed, not stored
             with torch.device(state.comm.device):

@@ -36,19 +36,23 @@ LIMITS: dict[str, tuple[tuple[type, ...], float, float]] = {
     **dict.fromkeys(("attention_chunk_size", "floor_scale"), (INT, 1, 2**32)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (NUMBER, -1e6, 1e6)),
     **dict.fromkeys(("logits_scaling", "clip_qkv"), (NUMBER, 1e-6, 1e6)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (FLOAT, 1e-6, 1e6)),
+    **dict.fromkeys(("query_pre_attn_scalar", "sliding_window_pattern"), (INT, 1, 2**20)),
     "attn_scale": (FLOAT, 0, 1e6),
-    **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_jitter_noise"), (FLOAT, 0, 1)),
+    **dict.fromkeys(("rms_norm_eps", "norm_epsilon", "initializer_range", "router_jitter_noise"), (FLOAT, 0, 1)),
     **dict.fromkeys(("attention_dropout", "partial_rotary_factor"), (NUMBER, 0, 1)),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), (NUMBER, 1e-6, 1e15)),
+    "rope_local_base_freq": (NUMBER, 1e-6, 1e15),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), (NUMBER, 0, 1e6)),
     "router_aux_loss_coef": (FLOAT, 0, 1e6),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), (BOOL, 0, 1)),
-    **dict.fromkeys(("qkv_bias", "use_qk_norm", "attn_temperature_tuning"), (BOOL, 0, 1)),
+    **dict.fromkeys(("qkv_bias", "use_bias", "use_qk_norm", "attn_temperature_tuning"), (BOOL, 0, 1)),
     **dict.fromkeys(("norm_topk_prob", "output_router_logits", "use_cache"), (BOOL, 0, 1)),
 }
 MAY_BE_NULL = {
     *("head_dim", "num_key_value_heads", "sliding_window", "attention_dropout", "pretraining_tp", "clip_qkv"),
     *("original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,6 +65,7 @@ ROPE_NEEDS = {  # rope_type -> what it cannot do without
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -107,11 +112,11 @@ def check_config(config: Mapping) -> None:
     # Qwen2MoeConfig writes a window of 0 where none is in use.
     no_window = config.get("use_sliding_window") is False and config.get("sliding_window") == 0
     _check_limits({**config, "sliding_window": None} if no_window else config)
-    _check_choice("hidden_act", config.get("hidden_act", "silu"), ACTIVATIONS)
+    _check_choice(adapter.activation, config.get(adapter.activation, "silu"), ACTIVATIONS)
     _check_choice("dtype", config_dtype(config), DTYPES)
     _check_heads(adapter, config)
     _check_layers(adapter, config)
-    _check_rope(config)
+    _check_rope(adapter, config)
     _check_token_ids(config)
 
 
@@ -124,12 +129,21 @@ def config_dtype(config: Mapping, otherwise: str = "float32") -> str:
 def context_length(config: Mapping) -> int | None:
     """The tokens that the positions of a model reach, None where the config does not say."""
     positions = config.get("max_position_embeddings")
-    rope = _rope_parameters(config)
-    # These three stretch the context of the training; with llama3, max_position_embeddings is what was reached by it.
-    if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+    rope, *of_other_layers = _ropes(config)
+    # These three stretch the context of the training; with llama3, and where kinds of layers turn by angles of their
+    # own, max_position_embeddings is what was reached by it.
+    if positions and not of_other_layers and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
         trained = rope.get("original_max_position_embeddings") or positions
         return max(positions, int(trained * rope["factor"]))
     return positions
+
+
+def rope_switch(config: Mapping) -> int | None:
+    """The longest sequence that longrope turns by its short factors: one that is longer is turned by other angles from
+    its first token on. None where positions are encoded otherwise."""
+    if _ropes(config)[0]["rope_type"] != "longrope":
+        return None
+    return adapter_for(config["model_type"]).resolve(config)["original_max_position_embeddings"]
 
 
 def _check_choice(key: str, value: object, supported: tuple[str, ...]) -> None:
@@ -151,10 +165,11 @@ def _check_heads(adapter: Adapter, config: Mapping) -> None:
     hidden, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-    if adapter.model_type == "llama" and hidden % heads:  # transformers' LlamaConfig demands it, the others do not
+    # These config classes of transformers demand it, the others do not.
+    if adapter.model_type in ("llama", "gemma2", "gemma3_text") and hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     width = heads * values["head_dim"]
-    if adapter.flag("wide_qk_norm", config) and width != hidden:  # transformers normalises over hidden_size
+    if adapter.model_type == "olmoe" and width != hidden:  # transformers normalises over hidden_size
         raise ValueError(
             f"num_attention_heads={heads} of head_dim={values['head_dim']} are {width} wide, the norm of all heads "
             f"hidden_size={hidden}; they must be equal"
@@ -171,11 +186,18 @@ def _check_layers(adapter: Adapter, config: Mapping) -> None:
             raise ValueError(f"layer_types {types!r:.80} is not a list of num_hidden_layers={num_layers} names")
         for name in types:
             _check_choice("layer type", name, adapter.layer_types)
+    window = config.get("sliding_window", default := adapter.defaults.get("sliding_window"))
+    if window is None and "sliding_attention" in (types or (["sliding_attention"] if default else [])):
+        raise ValueError("some layers attend within a sliding window, but sliding_window is not given")
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(
+            "use_bidirectional_attention makes this an encoder; models that see what follows do not generate"
+        )
     for key in ("mlp_only_layers", "moe_layers", "no_rope_layers"):
         listed = config.get(key)
         if listed is not None and not (isinstance(listed, list) and all(type(layer) is int for layer in listed)):
             raise ValueError(f"{key} {listed!r:.80} is not a list of whole numbers")
-    if adapter.rope == "pairs" and len(config.get("no_rope_layers") or range(num_layers)) < num_layers:
+    if adapter.flag("no_rope_layers", {}) and len(config.get("no_rope_layers") or range(num_layers)) < num_layers:
         raise ValueError(f"no_rope_layers {config['no_rope_layers']!r:.80} says nothing of some of {num_layers} layers")
     num_experts, chosen = adapter.letters(config).get("experts"), config.get("num_experts_per_tok")
     if num_experts:
@@ -184,20 +206,35 @@ def _check_layers(adapter: Adapter, config: Mapping) -> None:
             raise ValueError(f"num_experts_per_tok={chosen} exceeds the {num_experts} experts")
 
 
-def _rope_parameters(config: Mapping) -> dict:
-    """How positions are encoded, under the present keys; older configs say `rope_scaling` and `type`."""
+def _ropes(config: Mapping) -> list[dict]:
+    """How positions are encoded, under the present keys; older configs say `rope_scaling` and `type`. Of a model whose
+    kinds of layers turn by angles of their own, one for each kind."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters {rope!r:.80} is not an object")
-    return {"rope_type": rope.get("type") or "default", **rope}
+    kinds = [of_kind for of_kind in rope.values() if isinstance(of_kind, dict)] or [rope]
+    return [{"rope_type": of_kind.get("type") or "default", **of_kind} for of_kind in kinds]
 
 
-def _check_rope(config: Mapping) -> None:
-    rope = _rope_parameters(config)
-    _check_choice("rope_type", rope["rope_type"], tuple(ROPE_NEEDS))
-    if missing := [key for key in ROPE_NEEDS[rope["rope_type"]] if rope.get(key) is None]:
-        raise ValueError(f"rope_type {rope['rope_type']!r} needs {missing[0]}, which the config does not give")
-    _check_limits(rope)
+def _check_rope(adapter: Adapter, config: Mapping) -> None:
+    for rope in _ropes(config):
+        _check_choice("rope_type", rope["rope_type"], adapter.rope_types)
+        if missing := [key for key in ROPE_NEEDS[rope["rope_type"]] if rope.get(key) is None]:
+            raise ValueError(f"rope_type {rope['rope_type']!r} needs {missing[0]}, which the config does not give")
+        _check_limits(rope)
+        if rope["rope_type"] == "longrope":
+            _check_factors({**adapter.resolve(config), **rope})
+
+
+def _check_factors(values: Mapping) -> None:
+    """Of longrope: a factor for each pair of elements that is turned."""
+    size = int(values["head_dim"] * (values.get("partial_rotary_factor") or 1.0)) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = values[key]
+        if not isinstance(factors, list) or not all(type(f) in NUMBER and 1e-6 <= f <= 1e15 for f in factors):
+            raise ValueError(f"{key} {factors!r:.80} is not a list of positive numbers")
+        if len(factors) != size:
+            raise ValueError(f"{key} lists {len(factors)} factors, the rotary embedding turns {size} pairs of elements")
 
 
 def _check_token_ids(config: Mapping) -> None:

@@ -221,9 +221,9 @@ def make_plan(path_or_config, tp_size: int, *, dtype: str = "auto") -> Plan:
     for letter in ("vocab", "ffn", "expert_ffn", "shared_ffn"):
         if letter in sizes:
             parts[letter] = tuple((part,) for part in cut(sizes[letter], tp_size, unit))
-    if "expert_ffn" in sizes:
-        width = sizes["expert_ffn"]
-        parts["2*expert_ffn"] = tuple(((a, b), (width + a, width + b)) for ((a, b),) in parts["expert_ffn"])
+    for stack in sizes:
+        if "+" in stack:
+            parts[stack] = _stacked(stack.split("+"), parts, sizes)
 
     parameters = tuple(_cut_parameter(p, parts, tp_size) for p in adapter.parameters(config))
     return Plan(
@@ -236,6 +236,17 @@ def make_plan(path_or_config, tp_size: int, *, dtype: str = "auto") -> Plan:
         parameters=parameters,
         collectives=_collectives(parameters, ITEM_BYTES[dtype]) if tp_size > 1 else (),
     )
+
+
+def _stacked(letters: list[str], parts: Mapping, sizes: Mapping[str, int]) -> tuple[tuple[Range, ...], ...]:
+    """Each rank's ranges of several cut dimensions that lie one behind the other."""
+    ranks: list[tuple[Range, ...]] = [()] * len(parts[letters[0]])
+    offset = 0
+    for letter in letters:
+        moved = [tuple((offset + start, offset + stop) for start, stop in ranges) for ranges in parts[letter]]
+        ranks = [before + ranges for before, ranges in zip(ranks, moved, strict=True)]
+        offset += sizes[letter]
+    return tuple(ranks)
 
 
 def _cut_parameter(parameter: Parameter, parts: Mapping, tp_size: int) -> ParameterPlan:
@@ -256,7 +267,7 @@ def _collectives(parameters: tuple[ParameterPlan, ...], item_bytes: int) -> tupl
         path, _, module = p.name.removesuffix(".weight").rpartition(".")
         if p.dim is None:
             continue
-        if module in ("embed_tokens", "o_proj", "down_proj"):
+        if module in ("embed_tokens", "o_proj", "down_proj", "c_proj"):
             block = re.sub(r"\.(shared_)?experts?$", "", path)
             before = found.get((block, p.layers))
             name = f"{before.name} + {path[len(block) + 1 :]}.down_proj" if before else f"{path}.{module}"

@@ -27,7 +27,15 @@ from .checkpoint_folder import (
     resolve,
     verify_sums,
 )
-from .model_config import MAX_CONFIG_BYTES, check_config, config_dtype, context_length, read_config, text_part
+from .model_config import (
+    MAX_CONFIG_BYTES,
+    check_config,
+    config_dtype,
+    context_length,
+    read_config,
+    rope_switch,
+    text_part,
+)
 from .models.adapter import Adapter, Source, adapter_for
 from .safetensors_header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorEntry, read_header
 
@@ -241,6 +249,13 @@ def check_prompt_tokens(num_tokens: int, config: Mapping, max_new_tokens: int | 
         raise ValueError(
             f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
             f"{context}; choose max_new_tokens up to {context - num_tokens}, or shorten the prompt"
+        )
+    switch = rope_switch(config)
+    if switch and num_tokens <= switch < num_tokens + (max_new_tokens or 1) - 1:
+        raise ValueError(
+            f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} go past "
+            f"original_max_position_embeddings={switch}, where longrope turns all tokens anew, which this engine does "
+            f"not do; choose max_new_tokens up to {switch - num_tokens + 1}, or patch(model) and model.generate()"
         )
 
 

@@ -3,9 +3,10 @@
 What is replaced, by attribute name, in the instance and never in a class:
 
     model.embed_tokens         VocabParallelEmbedding          layer.mlp (dense)      ParallelMLP
-    model.rotary_emb           RotaryEmbedding                 layer.mlp (sparse)     ParallelMoE
-    layer.self_attn            ParallelAttention               lm_head                ParallelLMHead
-    every norm                 RMSNorm, WideRMSNorm            a router's forward     routed
+    model.rotary_emb           RotaryEmbedding                 layer.mlp (no gate)    UngatedMLP
+    layer.self_attn            ParallelAttention               layer.mlp (sparse)     ParallelMoE
+    every RMS norm             RMSNorm, UnitOffsetRMSNorm,     lm_head                ParallelLMHead
+                               WideRMSNorm                     a router's forward     routed
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .block import ParallelAttention, ParallelMLP, RotaryEmbedding, WideRMSNorm
+from .block import ParallelAttention, ParallelMLP, RotaryEmbedding, UngatedMLP, WideRMSNorm
 from .comm import Communicator, NullCommunicator
 from .experts import ParallelExperts, ParallelMoE, routed
 from .layers import (
+    ColumnParallelLinear,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RMSNorm,
     RowParallelLinear,
+    UnitOffsetRMSNorm,
     VocabParallelEmbedding,
 )
 from .models.adapter import Adapter, Source
@@ -120,39 +123,53 @@ def _fill(model_path: str, new: nn.Module, state: Patch) -> nn.Module:
 def _replace_embedding(model: nn.Module, state: Patch) -> None:
     old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
     vocab_size, hidden_size = entry.shape
-    new = VocabParallelEmbedding(entry.ranges[state.comm.rank][0], vocab_size, hidden_size, old.weight, state.comm)
+    vocab, scale = entry.ranges[state.comm.rank][0], getattr(old, "scalar_embed_scale", 1.0)
+    new = VocabParallelEmbedding(vocab, vocab_size, hidden_size, old.weight, state.comm, scale)
     state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
     state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb, state.adapter.rope))
 
 
 def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) -> None:
-    like = layer.input_layernorm.weight.new_empty(0)
-    _replace_norm(model, state, f"{path}.input_layernorm")
-    _replace_norm(model, state, f"{path}.post_attention_layernorm")
+    like = model.model.norm.weight.new_empty(0)
+    for name, _ in list(layer.named_children()):
+        if name.endswith("norm"):
+            _replace_norm(model, state, f"{path}.{name}")
     _replace_attention(model, state, f"{path}.self_attn", layer.self_attn, like)
     path, block = f"{path}.{state.adapter.feed_forward}", getattr(layer, state.adapter.feed_forward)
     if hasattr(block, "experts"):
         _replace_moe(model, state, path, block, like)
     else:
-        state.swap(model, path, _mlp(model, state, path, state.overlap, like))
+        mlp = _ungated_mlp if hasattr(block, "c_fc") else _mlp
+        state.swap(model, path, mlp(model, state, path, state.overlap, like))
 
 
 def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor) -> None:
     for norm in ("q_norm", "k_norm"):
         if hasattr(attention, norm):
             _replace_norm(model, state, f"{path}.{norm}")
-    qkv_proj = _columns(QKVParallelLinear, state, path, ("q_proj", "k_proj", "v_proj"), like)
+    adapter, is_packed = state.adapter, hasattr(attention, "qkv_proj")
+    names = ("qkv_proj",) if is_packed else ("q_proj", "k_proj", "v_proj")
+    qkv_proj = _columns(QKVParallelLinear, state, path, names, like)
     o_proj = _rows(state, f"{path}.o_proj", state.overlap, like)
-    heads, is_windowed = state.plan.heads[state.comm.rank], state.adapter.flag("windowed", {})
-    new = ParallelAttention(attention, heads, qkv_proj, o_proj, state.adapter.rope, is_windowed)
+    softcap = getattr(model.config, adapter.attention_softcap) if adapter.attention_softcap else None
+    heads, is_windowed = state.plan.heads[state.comm.rank], adapter.flag("windowed", {})
+    new = ParallelAttention(attention, heads, qkv_proj, o_proj, adapter.rope, is_windowed, softcap)
     state.swap(model, path, new)
 
 
 def _mlp(model: nn.Module, state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> ParallelMLP:
-    gate_up_proj = _columns(MergedColumnParallelLinear, state, path, ("gate_proj", "up_proj"), like)
+    is_packed = f"{path}.gate_up_proj.weight" in state.parameters
+    names = ("gate_up_proj",) if is_packed else ("gate_proj", "up_proj")
+    gate_up_proj = _columns(MergedColumnParallelLinear, state, path, names, like)
     down_proj = _rows(state, f"{path}.down_proj", overlap, like)
-    activation = model.config.hidden_act
+    activation = getattr(model.config, state.adapter.activation)
     return ParallelMLP(gate_up_proj, down_proj, activation, ACT2FN[activation])
+
+
+def _ungated_mlp(model: nn.Module, state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> UngatedMLP:
+    c_fc = _columns(ColumnParallelLinear, state, path, ("c_fc",), like)
+    c_proj = _rows(state, f"{path}.c_proj", overlap, like)
+    return UngatedMLP(c_fc, c_proj, ACT2FN[getattr(model.config, state.adapter.activation)])
 
 
 def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, like: torch.Tensor) -> None:
@@ -195,17 +212,21 @@ def _rows(state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> RowP
 
 def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
     old, entry, rank = model.get_submodule(path), state.plan.parameter(f"{path}.weight"), state.comm.rank
+    if isinstance(old, nn.LayerNorm):
+        return  # torch's own: one op already, and whole on every rank
     eps = old.variance_epsilon if hasattr(old, "variance_epsilon") else old.eps
     if entry.dim is None:
-        new = RMSNorm(old.weight.numel(), eps, old.weight)
+        cls = UnitOffsetRMSNorm if state.adapter.norm == "1 + weight" else RMSNorm
+        new = cls(old.weight.numel(), eps, old.weight)
     else:
         (start, stop), before = entry.ranges[rank][0], entry.ranges[rank - 1][0][1] if rank else 0
-        new = WideRMSNorm(entry.shape[0], (start, stop), (max(start, before), stop), eps, old.weight)
+        counted, is_rounded = (max(start, before), stop), state.adapter.norm == "weight"
+        new = WideRMSNorm(entry.shape[0], (start, stop), counted, eps, old.weight, is_rounded)
     state.swap(model, path, _fill(path, new, state))
 
 
 def _replace_head(model: nn.Module, state: Patch) -> None:
-    embedding = model.model.embed_tokens
+    embedding, adapter = model.model.embed_tokens, state.adapter
     is_tied = "lm_head.weight" not in state.parameters
     entry = state.plan.parameter("model.embed_tokens.weight")
     new = ParallelLMHead(
@@ -214,6 +235,7 @@ def _replace_head(model: nn.Module, state: Patch) -> None:
         embedding.weight,
         state.comm,
         tied=embedding if is_tied else None,
-        logits_scaling=getattr(model.config, state.adapter.logits_scaling) if state.adapter.logits_scaling else 1.0,
+        logits_scaling=getattr(model.config, adapter.logits_scaling) if adapter.logits_scaling else 1.0,
+        logits_softcap=getattr(model.config, adapter.logits_softcap) if adapter.logits_softcap else None,
     )
     state.swap(model, "lm_head", _fill("lm_head", new, state))
