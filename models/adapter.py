@@ -168,6 +168,8 @@ class Adapter:
         if "num_experts" in stated:  # one value, two names; transformers writes the other one
             stated["num_local_experts"] = stated.pop("num_experts")
         values = {**self.defaults, **stated}
+        if config.get("num_key_value_heads", 0) is None:  # a null is no wish for the family's default
+            values["num_key_value_heads"] = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         return values

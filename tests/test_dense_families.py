@@ -60,7 +60,7 @@ def test_the_engine_says_what_generate_says(name):
         assert tokens == want[:, 11:].tolist()
 
 
-@pytest.mark.parametrize("name", ["gemma2-14/2", "gemma2-plain", "gemma3_text-tied", "granite-9/3"])
+@pytest.mark.parametrize("name", ["gemma2-9/3", "gemma2-plain", "gemma3_text-tied", "granite-9/3"])
 def test_logits_of_a_shard_are_the_models(name):
     """Catches logits that the engine samples from uncapped: the same token when greedy, others when not."""
     model, ids = reference(name).copy(), prompt()
@@ -192,6 +192,13 @@ def test_known_sizes_of_published_models(config, count):
     """Catches a weight that is left out or doubled, and a published config that is refused."""
     assert make_plan(config, 1, dtype="bfloat16").weight_bytes(0) == 2 * count
     check_config(CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config)).to_dict())
+
+
+def test_a_null_is_no_default():
+    """Catches a family's number of key/value heads where the config says null: as many as there are query heads."""
+    null, full = ({**SMOLLM_3, "num_key_value_heads": heads} for heads in (None, 16))
+    assert make_plan(null, 4) == make_plan(full, 4) != make_plan(SMOLLM_3, 4)
+    assert CONFIG_MAPPING["smollm3"](**null).num_key_value_heads == 16
 
 
 @pytest.mark.parametrize(

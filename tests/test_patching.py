@@ -571,6 +571,7 @@ def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):
 GLOO_TP = 3
 GLOO_CASES = ["llama-biased", "mistral-sliding", "mixtral-14/2", "qwen2-tied", "qwen3-9/3", "qwen3_moe-dense-first"]
 GLOO_CASES += ["qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-sparse"]
+GLOO_CASES += ["gemma3_text-tied", "phi3-longrope-switch", "starcoder2-sliding", "olmo2-biased"]
 
 
 def everything(comm) -> dict:

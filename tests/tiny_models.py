@@ -164,7 +164,7 @@ for _type, _scaling in ROPE.items():
 
 _BUILDING = threading.Lock()  # Hugging Face builds a model under a default dtype that all threads share
 
-_HEADS_OF = dict.fromkeys(FAMILIES[:6], HEADS) | dict.fromkeys(DENSE_OPTIONS, FEW_HEADS[1:])
+_HEADS_OF = dict.fromkeys(FAMILIES[:6], HEADS) | dict.fromkeys(DENSE_OPTIONS, FEW_HEADS[2:])
 CASES = [f"{family}-{q}/{kv}" for family in FAMILIES for q, kv in _HEADS_OF.get(family, FEW_HEADS)] + [*VARIANTS]
 
 
