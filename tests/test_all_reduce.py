@@ -41,7 +41,7 @@ def hundreds_of_calls(comm):
         wrong = []
         for call in range(200):
             kind, dtype = shared.choice(KINDS), shared.choice([torch.float32, torch.float16])
-            rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (5, 45), (1, 500)])
+            rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (1, 200)])
             torch.manual_seed(call)
             parts = [torch.randn(rows, features).to(dtype) for _ in range(comm.size)]
             residual, weight, bias = torch.randn(rows, features).to(dtype), torch.rand(features).to(dtype), None
