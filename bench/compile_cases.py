@@ -50,6 +50,7 @@ def _experts_cases(arch: int) -> Iterator[Case]:
     """Both GEMMs of every candidate: Mixtral's experts at tp 8 for few tokens, Qwen3-30B-A3B's for many; Llama 4's
     layout; widths that are not whole 16 bytes, and of one column."""
     kernels = importlib.import_module("tp_runtime.kernels.grouped_gemm")
+    launch_of = importlib.import_module("tp_runtime.kernels.grouped_gemm_launch")
     dtype = torch.bfloat16
     shapes = {  # tokens, experts, choices, I, H, whether input features come first; where the two GEMMs stand
         "decode": ([(16, 8, 2, 1792, 4096, False), (64, 8, 2, 1792, 4096, True), (5, 4, 1, 1, 45, False)], (0, 1)),
@@ -65,7 +66,7 @@ def _experts_cases(arch: int) -> Iterator[Case]:
             gate_up, down = (meta(e, *shape, dtype=dtype) for shape in shapes_of_w)
             given = x, index, meta(m, top_k, dtype=dtype), gate_up, down, "silu", is_transposed
             taken = (c for name, c in kernels.candidates(m, n, k, dtype) if name == kernel)
-            taken = [c for c in taken if not kernels.takes(c, x, index, gate_up, down, is_transposed)]
+            taken = [c for c in taken if not launch_of.takes(c, x, index, gate_up, down, is_transposed)]
             for config in taken[: most.get(m)]:
                 launch = functools.partial(kernels.run, *given, kernel=kernel, config=config)
                 shape = f"T={m} E={e} k={top_k} I={n} H={k}" + is_transposed * " transposed"
@@ -78,7 +79,7 @@ def _experts_cases(arch: int) -> Iterator[Case]:
 
 def _attention_cases(arch: int) -> Iterator[Case]:
     """One new token, 32 query heads on 8 key/value heads of 128, as in Llama-3-8B; lengths on the device."""
-    kernels = importlib.import_module("tp_runtime.kernels.decode_attention")
+    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
     for dtype, most in ((torch.bfloat16, None), (torch.float16, 1)):
         q, keys = meta(1, 32, 1, 128, dtype=dtype), meta(1, 8, 4096, 128, dtype=dtype)
         lengths = meta(1, dtype=torch.int32)
@@ -93,7 +94,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
 
 def _attention_shape_cases(arch: int) -> Iterator[Case]:
     """The other head sizes, each with something that some model asks for; and 4 new tokens of one key/value head."""
-    kernels = importlib.import_module("tp_runtime.kernels.decode_attention")
+    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
     dtype = torch.bfloat16
     mask, sinks = meta(2, 1, 1, 4096, dtype=torch.bool), meta(8, dtype=dtype)
     several: dict[int, dict] = {
@@ -135,7 +136,7 @@ def _rope_attention_cases(arch: int) -> Iterator[Case]:
 
 def _row_cases(arch: int) -> Iterator[Case]:
     """RMSNorm with its residual addition."""
-    kernels = importlib.import_module("tp_runtime.kernels.rms_norm")
+    kernels = importlib.import_module("tp_runtime.kernels.rms_norm_kernel")
     dtype = torch.bfloat16
     for m, n in ((1, 4096), (4096, 8192), (33, 70)):
         x, weight = meta(m, n, dtype=dtype), meta(n, dtype=dtype)
@@ -146,7 +147,7 @@ def _row_cases(arch: int) -> Iterator[Case]:
 
 def _rope_cases(arch: int) -> Iterator[Case]:
     """q and k rotated, k and v into the cache, as in Llama-3-8B; with the norm of heads, as in Qwen3-8B."""
-    kernels = importlib.import_module("tp_runtime.kernels.rope")
+    kernels = importlib.import_module("tp_runtime.kernels.rope_kernel")
     dtype = torch.bfloat16
     for s in (1, 512):
         qkv, cos = meta(1, s, 48 * 128, dtype=dtype), meta(1, 1, s, 128, dtype=dtype)
@@ -158,7 +159,7 @@ def _rope_cases(arch: int) -> Iterator[Case]:
 
 def _routing_cases(arch: int) -> Iterator[Case]:
     """The choice of experts, and their slots in order."""
-    kernels = importlib.import_module("tp_runtime.kernels.routing")
+    kernels = importlib.import_module("tp_runtime.kernels.routing_kernels")
     dtype = torch.bfloat16
     for m, e, top_k in ((1, 8, 2), (2048, 128, 8)):
         logits, index = meta(m, e, dtype=dtype), meta(m, top_k, dtype=torch.int64)
@@ -170,7 +171,7 @@ def _routing_cases(arch: int) -> Iterator[Case]:
 
 def _top_k_cases(arch: int) -> Iterator[Case]:
     """The largest logits of a rank's part of Llama-3's vocabulary at tp 8."""
-    kernels = importlib.import_module("tp_runtime.kernels.vocab_top_k")
+    kernels = importlib.import_module("tp_runtime.kernels.vocab_top_k_kernel")
     for b, k in ((1, 1), (16, 50)):
         logits = meta(b, 16032, dtype=torch.bfloat16)
         yield Case(

@@ -25,10 +25,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .decode_attention_kernel import CANDIDATES, Config, run
-
-__all__ = ["CANDIDATES", "Config", "decode_attention", "decode_attention_ref", "run"]
-
 MAX_HEAD_SIZE = 256
 MAX_ROWS = 64  # of a program: query heads of one key/value head times new tokens
 
@@ -206,14 +202,18 @@ _library.define(
 def _op(q, keys, values, scale, kv_of_query=None, lengths=None, mask=None, window=None, softcap=None, sinks=None):
     kv_of_query = None if kv_of_query is None else tuple(kv_of_query)
     check_attention(q, keys, values, kv_of_query, lengths, mask, sinks)
-    launch = run if q.is_cuda and is_known(q, keys, kv_of_query) else decode_attention_ref
-    return launch(q, keys, values, scale, kv_of_query, lengths, mask, window, softcap, sinks)
+    options = (scale, kv_of_query, lengths, mask, window, softcap, sinks)
+    if not q.is_cuda or not is_known(q, keys, kv_of_query):
+        return decode_attention_ref(q, keys, values, *options)
+    from .decode_attention_kernel import run
+
+    return run(q, keys, values, *options)
 
 
-@torch.library.register_fake("tp_runtime::decode_attention", lib=_library)
 def _fake(q, keys, values, scale, *options, **named):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
 
 
 _library.impl("decode_attention", _op, "CPU")
 _library.impl("decode_attention", _op, "CUDA")
+_library.impl("decode_attention", _fake, "Meta")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import target
-from .rope import load_rotated
+from .rope_kernel import load_rotated
 
 MAX_PARTS = 128
 _MERGED = 4096  # elements that the last program merges at a time, in registers

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 
 from .gemm import check_operands
-from .gemm_launch import Config, Decode, Prefill, Vector, candidates_for, chosen, launch
+from .gemm_configs import Config, Decode, Prefill, Vector, chosen
 from .tuned import TORCH
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -73,6 +73,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
 
 def candidates(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Config]]:
     """(kernel, configuration) that may be the fastest, N being I, on the architecture that is compiled for."""
+    from .gemm_launch import candidates_for
+
     return candidates_for(m, k, CANDIDATES, gated=True)
 
 
@@ -154,6 +156,8 @@ def _halves(w_gate: torch.Tensor, w_up: torch.Tensor | None) -> tuple[torch.Tens
 
 
 def _launch(x, gate, up, bias, activation, num_sms, out, config) -> torch.Tensor:
+    from .gemm_launch import launch
+
     y = x.new_empty(*x.shape[:-1], len(gate)) if out is None else out
     return launch(x, gate, up, bias, None, y, activation, config, num_sms)
 
@@ -185,7 +189,9 @@ _library.impl(
 _library.impl("gated_gemm", _gated_gemm_cuda, "CUDA")
 
 
-@torch.library.register_fake("tp_runtime::gated_gemm", lib=_library)
 def _gated_gemm_fake(x, w_gate, w_up=None, bias=None, activation="silu", num_sms=None):
     torch._check(x.shape[-1] == w_gate.shape[1], lambda: f"x is {x.shape}, w_gate is {w_gate.shape}")
     return x.new_empty(*x.shape[:-1], w_gate.shape[0] // 2 if w_up is None else w_gate.shape[0])
+
+
+_library.impl("gated_gemm", _gated_gemm_fake, "Meta")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 
-from .gemm_launch import Config, Decode, Prefill, Vector, candidates_for, chosen, launch
+from .gemm_configs import Config, Decode, Prefill, Vector, chosen
 from .tuned import TORCH
 
 
@@ -73,6 +73,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
 
 def candidates(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Config]]:
     """(kernel, configuration) that may be the fastest for a shape on the architecture that is compiled for."""
+    from .gemm_launch import candidates_for
+
     return candidates_for(m, k, CANDIDATES, gated=False)
 
 
@@ -145,6 +147,8 @@ def _gemm_cuda(x, w, bias=None, residual=None, num_sms=None, out=None) -> torch.
 
 
 def _launch(x, w, bias, residual, num_sms, out, config) -> torch.Tensor:
+    from .gemm_launch import launch
+
     y = x.new_empty(*x.shape[:-1], len(w)) if out is None else out
     return launch(x, w, None, bias, residual, y, None, config, num_sms)
 
@@ -179,7 +183,9 @@ _library.impl("gemm", lambda x, w, bias=None, residual=None, num_sms=None: gemm_
 _library.impl("gemm", _gemm_cuda, "CUDA")
 
 
-@torch.library.register_fake("tp_runtime::gemm", lib=_library)
 def _gemm_fake(x, w, bias=None, residual=None, num_sms=None):
     torch._check(x.shape[-1] == w.shape[1], lambda: f"x is {x.shape}, w is {w.shape}")
     return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+_library.impl("gemm", _gemm_fake, "Meta")

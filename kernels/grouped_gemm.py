@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from .gated_gemm import ACTIVATIONS
-from .grouped_gemm_kernels import DECODE_T, Config, Decode, Prefill, launch, lie_on_16_bytes, takes
+from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_bytes
 from .routing import check_routing, sort_by_expert_ref
-from .target import arch
 from .tuned import TORCH, lookup
 
 _log = logging.getLogger("tp_runtime")
@@ -63,6 +62,8 @@ def op_name(num_experts: int, top_k: int) -> str:
 
 def candidates(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Config]]:
     """(kernel, configuration) that may be the fastest for T = m tokens, I = n and H = k."""
+    from .target import arch
+
     if m <= DECODE_T:
         yield from (("decode", config) for config in CANDIDATES["decode"])
     if m > 4:
@@ -198,6 +199,8 @@ def run(
         return experts_torch(
             x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed, weigh_input
         )
+    from .grouped_gemm_launch import launch
+
     weights = top_k_weights.contiguous()
     if weigh_input:
         x, weights = (x.unsqueeze(1) * weights.to(x.dtype).unsqueeze(2)).flatten(0, 1), None
@@ -220,6 +223,8 @@ def chosen(
     x, top_k_index, gate_up_proj, down_proj, width: int, is_transposed: bool, weigh_input: bool
 ) -> tuple[str, Config | None]:
     """(kernel, configuration) that was measured to be the fastest on x's device; what can run, where none was."""
+    from .grouped_gemm_launch import takes
+
     (num_tokens, top_k), (num_experts, hidden) = top_k_index.shape, (len(gate_up_proj), x.shape[1])
 
     def can_run(kernel: str, config: Config) -> bool:
@@ -297,7 +302,9 @@ _library.impl("experts", lambda *given: experts_ref(*given[:8]), "CPU")
 _library.impl("experts", _experts_cuda, "CUDA")
 
 
-@torch.library.register_fake("tp_runtime::experts", lib=_library)
 def _experts_fake(x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation="silu", is_transposed=False, *_):
     check(x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed)
     return x.new_empty(x.shape)
+
+
+_library.impl("experts", _experts_fake, "Meta")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from .decode_attention import check_attention, decode_attention_ref, is_known
-from .decode_attention_kernel import New, run
 from .rope import check_rope, rope_and_cache, rope_and_cache_ref
 
 
@@ -131,16 +130,18 @@ def _op(
     if not is_known(q, keys, kv_of_query):
         q = rope_and_cache(qkv, cos, signed_sin, keys, values, where, *norm)
         return _attend(decode_attention_ref, q, keys, values, where, scale, kv_of_query, mask, window, softcap, sinks)
+    from .decode_attention_kernel import New, run
+
     if cos is not None:
         cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
     new, ahead = New(cos, signed_sin, *norm), first + 1
     return run(q, keys, values, scale, kv_of_query, positions, mask, window, softcap, sinks, new=new, ahead=ahead)
 
 
-@torch.library.register_fake("tp_runtime::rope_decode_attention", lib=_library)
 def _fake(qkv, cos, signed_sin, keys, *options, **named):
     return qkv.new_empty(len(qkv), 1, qkv.shape[2] - 2 * keys.shape[1] * keys.shape[3])
 
 
 _library.impl("rope_decode_attention", _op, "CPU")
 _library.impl("rope_decode_attention", _op, "CUDA")
+_library.impl("rope_decode_attention", _fake, "Meta")

@@ -1,7 +1,7 @@
 """Which experts a token goes to, and the tokens of each expert side by side.
 
-    route           logits [T, E] -> top_k_index [T, k], top_k_weights [T, k]; one launch
-    sort_by_expert  top_k_index   -> slots [T * k], offsets [E + 1]:           one launch
+    route    logits [T, E] -> top_k_index [T, k], top_k_weights [T, k]; one launch
+    sort     top_k_index   -> slots [T * k], offsets [E + 1];           one launch, within `experts`
 
 What the families' routers compute, in transformers 5.17 as in 5.23 (`p` in float32, `top` the k largest of a row):
 
@@ -24,10 +24,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
-
-from .target import has_pdl, launch_options
 
 SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
 
@@ -59,6 +55,8 @@ def route(
     _check(router_logits, top_k, scoring)
     if not router_logits.is_cuda:
         return route_ref(router_logits, top_k, scoring, renormalise, dtype)
+    from .routing_kernels import run_route
+
     return run_route(router_logits, top_k, scoring, renormalise, dtype)
 
 
@@ -102,66 +100,6 @@ def check_routing(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_ex
             raise ValueError(f"token {token} is given {of.format(values[token, choice].item())}")
 
 
-@triton.jit
-def _route_kernel(
-    logits_ptr, index_ptr, weights_ptr, num_tokens, num_experts, stride_lt, stride_le,
-    TOP_K: tl.constexpr, SIGMOID: tl.constexpr, OVER_CHOSEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A warp a token: k times the largest logit that is left, of equal ones the first."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    choice = tl.arange(0, BLOCK_K)[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    is_left = (token < num_tokens)[:, None] & (expert < num_experts)
-    offs = token.to(tl.int64)[:, None] * stride_lt + expert * stride_le
-    logits = tl.load(logits_ptr + offs, mask=is_left, other=float("-inf")).to(tl.float32)
-    has_nan = tl.max((logits != logits).to(tl.int32), axis=1) != 0
-    logits = tl.where(logits != logits, float("-inf"), logits)
-
-    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
-    top = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
-    for j in range(TOP_K):
-        largest = tl.max(tl.where(is_left, logits, float("-inf")), axis=1)[:, None]
-        first = tl.min(tl.where(is_left & (logits == largest), expert, BLOCK_E), axis=1)[:, None]
-        chosen = tl.where(choice == j, first, chosen)
-        top = tl.where(choice == j, largest, top)
-        is_left = is_left & (expert != first)
-
-    if SIGMOID:
-        weights = 1 / (1 + tl.exp(-top))
-    else:
-        largest = tl.max(top, axis=1)[:, None]
-        weights = tl.exp(top - largest)
-        every = weights if OVER_CHOSEN else tl.exp(logits - largest)
-        weights = weights / tl.sum(every, axis=1)[:, None]
-    weights = tl.where(has_nan[:, None], float("nan"), weights)
-    offs = token.to(tl.int64)[:, None] * TOP_K + choice
-    mask = (token < num_tokens)[:, None] & (choice < TOP_K)
-    tl.store(index_ptr + offs, chosen.to(tl.int64), mask=mask)
-    tl.store(weights_ptr + offs, weights.to(weights_ptr.dtype.element_ty), mask=mask)
-
-
-def run_route(
-    router_logits: torch.Tensor, top_k: int, scoring: str, renormalise: bool, dtype: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route` in one launch."""
-    num_tokens, num_experts = router_logits.shape
-    index = router_logits.new_empty(num_tokens, top_k, dtype=torch.int64)
-    weights = router_logits.new_empty(num_tokens, top_k, dtype=dtype or router_logits.dtype)
-    if num_tokens:
-        block_t = 4
-        _route_kernel[(triton.cdiv(num_tokens, block_t),)](
-            router_logits, index, weights, num_tokens, num_experts, *router_logits.stride(),
-            TOP_K=top_k, SIGMOID=scoring == "sigmoid", OVER_CHOSEN=renormalise or scoring == "softmax_top_k",
-            BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_K=triton.next_power_of_2(top_k),
-            PDL=has_pdl(), num_warps=block_t, **launch_options(),
-        )  # fmt: skip
-    return index, weights
-
-
 class Sorted(NamedTuple):
     """The slots of expert e are slots[offsets[e] : offsets[e + 1]], ascending.
 
@@ -174,71 +112,16 @@ class Sorted(NamedTuple):
     offsets: torch.Tensor
 
 
-def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Sorted:
-    """The slots of each expert.
+def sort_by_expert_ref(top_k_index: torch.Tensor, num_experts: int) -> Sorted:
+    """The slots of each expert, by torch; on CUDA it waits for the device as little as `run_sort` does.
 
     Args:
         top_k_index: [T, k], T at least 1, any integers.
     """
-    return (run_sort if top_k_index.is_cuda else sort_by_expert_ref)(top_k_index, num_experts)
-
-
-def sort_by_expert_ref(top_k_index: torch.Tensor, num_experts: int) -> Sorted:
-    """The same, by torch; on CUDA it waits for the device as little as the kernel does."""
     chosen = top_k_index.flatten()
     expert, slots = torch.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts).sort(stable=True)
     bounds = torch.arange(num_experts + 1, device=chosen.device, dtype=expert.dtype)
     return Sorted(slots.int(), torch.searchsorted(expert, bounds).int())
-
-
-@triton.jit
-def experts_of(index_ptr, slot, stop, num_experts):
-    """The expert of each slot before `stop`; num_experts for those behind it and where there is no such expert."""
-    expert = tl.load(index_ptr + slot, mask=slot < stop, other=-1, cache_modifier=".cg")
-    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
-
-
-@triton.jit
-def _sort_kernel(
-    index_ptr, slots_ptr, offsets_ptr, num_slots, num_experts,
-    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Counting sort: each program counts all slots, so that it need not wait for others, and places BLOCK_S of them."""
-    first = tl.program_id(0) * BLOCK_S
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    # Slots of each expert that stand before this program's; those of column num_experts are no one's.
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, first, CHUNK):
-        before += tl.histogram(experts_of(index_ptr, start + tl.arange(0, CHUNK), first, num_experts), BLOCK_E)
-    counts = before
-    for start in range(first, num_slots, CHUNK):
-        counts += tl.histogram(experts_of(index_ptr, start + tl.arange(0, CHUNK), num_slots, num_experts), BLOCK_E)
-    column = tl.arange(0, BLOCK_E)
-    counts = tl.where(column < num_experts, counts, 0)
-    start_of = tl.cumsum(counts, axis=0) - counts
-    if first == 0:
-        tl.store(offsets_ptr + column, start_of, mask=column <= num_experts)
-
-    slot = first + tl.arange(0, BLOCK_S)
-    expert = experts_of(index_ptr, slot, num_slots, num_experts)
-    is_earlier = (expert[None, :] == expert[:, None]) & (slot[None, :] < slot[:, None])
-    place = tl.gather(start_of + before, expert, axis=0) + tl.sum(is_earlier.to(tl.int32), axis=1)
-    tl.store(slots_ptr + place, slot, mask=expert < num_experts)
-
-
-def run_sort(top_k_index: torch.Tensor, num_experts: int, block_s: int = 128, chunk: int = 2048) -> Sorted:
-    """`sort_by_expert` in one launch."""
-    top_k_index = top_k_index.contiguous()
-    num_slots = top_k_index.numel()
-    slots = top_k_index.new_empty(num_slots, dtype=torch.int32)
-    offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
-    _sort_kernel[(triton.cdiv(num_slots, block_s),)](
-        top_k_index, slots, offsets, num_slots, num_experts, BLOCK_S=block_s, CHUNK=chunk,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1), PDL=has_pdl(), num_warps=8, **launch_options(),
-    )  # fmt: skip
-    return Sorted(slots, offsets)
 
 
 _library = torch.library.Library("tp_runtime", "FRAGMENT")
@@ -250,9 +133,11 @@ _library.impl("route", route, "CPU")
 _library.impl("route", route, "CUDA")
 
 
-@torch.library.register_fake("tp_runtime::route", lib=_library)
 def _route_fake(router_logits, top_k, scoring="softmax", renormalise=False, dtype=None):
     _check(router_logits, top_k, scoring)
     shape = (router_logits.shape[0], top_k)
     index = router_logits.new_empty(shape, dtype=torch.int64)
     return index, router_logits.new_empty(shape, dtype=dtype or router_logits.dtype)
+
+
+_library.impl("route", _route_fake, "Meta")

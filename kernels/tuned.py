@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 TORCH = "torch"  # the kernel of a row that says: torch is faster here
 LARGEST_BUCKET = 8192
@@ -101,6 +100,8 @@ def device_name(index: int) -> str:
 
 def triton_minor() -> str:
     """`3.7` for Triton 3.7.1."""
+    import triton
+
     return ".".join(triton.__version__.split(".")[:2])
 
 

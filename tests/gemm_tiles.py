@@ -2,8 +2,8 @@
 
 from interpreted import interpreted
 
-_launch = interpreted("gemm_launch")
-Vector, Decode, Prefill = _launch.Vector, _launch.Decode, _launch.Prefill
+_configs = interpreted("gemm_configs")
+Vector, Decode, Prefill = _configs.Vector, _configs.Decode, _configs.Prefill
 
 # Name -> (kernel, configuration, M, N, K). Sizes lie off the grid; those of prefill at multiples of 16 bytes.
 TILES = {

@@ -12,6 +12,7 @@ from tp_runtime.kernels import gated_gemm as compiled_gated_gemm
 from tp_runtime.kernels.gated_gemm import ACTIVATIONS, gated_gemm, gated_gemm_ref
 
 interpreted_gated_gemm = interpreted("gated_gemm")
+configs = interpreted("gemm_configs")
 launching = interpreted("gemm_launch")
 
 
@@ -104,11 +105,11 @@ def test_the_choice_is_what_was_measured(monkeypatch):
     """Catches a call that ignores the table, and one that launches what cannot read its operands."""
     x, w, bias = operands(6, 72, 48)
     asked, launched, launch = [], [], launching.launch
-    monkeypatch.setattr(interpreted_gated_gemm, "launch", lambda *a: launched.append(kernel) or launch(*a))
+    monkeypatch.setattr(launching, "launch", lambda *a: launched.append(kernel) or launch(*a))
     for kernel, config in (("decode", Decode(32, 32, 2, 4, 2)), ("prefill", Prefill(16, 16, 16, 8, 4, 2))):
         row = {"kernel": kernel, "config": config}
         monkeypatch.setattr(
-            launching, "lookup", lambda op, x, n, k, m, configs, row=row: asked.append((op, n, k, m)) or row
+            configs, "lookup", lambda op, x, n, k, m, configs, row=row: asked.append((op, n, k, m)) or row
         )
         for a, b in ((x, w), (x[:, :45], w[:, :45].contiguous())):
             assert_as_exact_as(

@@ -14,6 +14,7 @@ from tp_runtime.kernels import gemm as compiled_gemm
 from tp_runtime.kernels.gemm import gemm
 
 interpreted_gemm = interpreted("gemm")
+configs = interpreted("gemm_configs")
 launching = interpreted("gemm_launch")
 target = interpreted("target")
 
@@ -163,16 +164,16 @@ def test_rows_that_a_kernel_cannot_read():
 def test_long_prompts_have_rows():
     """Catches the limit of a row's stride taken for one of the whole tensor: every long prompt would go to torch."""
     for shape in ((1, 8192, 4096), (8, 8192, 4096), (2**20, 4096), (4, 1, 4096), (4096,)):
-        assert launching.has_rows(torch.empty(shape, device="meta"))
+        assert configs.has_rows(torch.empty(shape, device="meta"))
     wide = torch.empty(2, 8192, 8192, device="meta")
-    assert launching.has_rows(wide[..., 4096:]) and launching.has_rows(wide[:, :512].clone()[:, -1:])
-    assert not launching.has_rows(wide[:, :4096]) and not launching.has_rows(wide[:, -1:])
+    assert configs.has_rows(wide[..., 4096:]) and configs.has_rows(wide[:, :512].clone()[:, -1:])
+    assert not configs.has_rows(wide[:, :4096]) and not configs.has_rows(wide[:, -1:])
 
 
 def tuned_to(monkeypatch, kernel, config):
     """Every shape was measured, and this won."""
     row = {"kernel": kernel, "config": config}
-    monkeypatch.setattr(launching, "lookup", lambda *_: row)
+    monkeypatch.setattr(configs, "lookup", lambda *_: row)
 
 
 def test_the_choice_is_what_was_measured(monkeypatch):
@@ -186,7 +187,7 @@ def test_the_choice_is_what_was_measured(monkeypatch):
         "gradients": (x.clone().requires_grad_(), w),
     }
     launched, launch = [], launching.launch
-    monkeypatch.setattr(interpreted_gemm, "launch", lambda *a: launched.append(case) or launch(*a))
+    monkeypatch.setattr(launching, "launch", lambda *a: launched.append(case) or launch(*a))
     for kernel, config in (
         ("torch", None),
         ("decode", Decode(32, 32, 2, 4, 2)),
@@ -202,9 +203,9 @@ def test_the_choice_is_what_was_measured(monkeypatch):
 
 def test_no_table_means_torch(monkeypatch):
     """Catches a kernel that nobody has measured running in place of cuBLAS."""
-    monkeypatch.setattr(launching, "lookup", lambda *_: None)
+    monkeypatch.setattr(configs, "lookup", lambda *_: None)
     x, w, *_ = operands(6, 72, 48)
-    assert launching.chosen("gemm", interpreted_gemm.CANDIDATES, 72, x, w) is None
+    assert configs.chosen("gemm", interpreted_gemm.CANDIDATES, 72, x, w) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

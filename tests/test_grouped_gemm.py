@@ -9,9 +9,9 @@ from interpreted import interpreted
 from program_order import reversed_programs
 
 from tp_runtime.kernels import grouped_gemm, tuned
-from tp_runtime.kernels.grouped_gemm_kernels import DECODE_T
+from tp_runtime.kernels.grouped_gemm_configs import DECODE_T
 
-kernels = interpreted("grouped_gemm_kernels")
+kernels = interpreted("grouped_gemm_launch")
 ours = interpreted("grouped_gemm")
 Decode, Prefill = kernels.Decode, kernels.Prefill
 
@@ -242,8 +242,8 @@ class _Measured:
         monkeypatch.setattr(ours, "lookup", lambda *key: self.looked_up.append(key) or row)
         monkeypatch.setattr(ours, "_capability", lambda device: (9, 0))
         monkeypatch.setattr(ours, "_is_capturing", lambda: is_capturing)
-        launch, by_torch = ours.launch, ours.experts_torch
-        monkeypatch.setattr(ours, "launch", lambda *a: self.kernels.append(type(a[7]).__name__) or launch(*a))
+        launch, by_torch = kernels.launch, ours.experts_torch
+        monkeypatch.setattr(kernels, "launch", lambda *a: self.kernels.append(type(a[7]).__name__) or launch(*a))
         monkeypatch.setattr(ours, "experts_torch", lambda *a: self.kernels.append("torch") or by_torch(*a))
         ours._say_untuned.cache_clear()
 

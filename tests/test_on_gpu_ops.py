@@ -116,17 +116,17 @@ def test_graph_that_keeps_its_old_inputs_is_found(monkeypatch):
 
 def test_norms_and_top_k_interpreted():
     """Catches a section that calls the kernels in a way that they do not have."""
-    norms = block_ops.norm_forms(3, 70, "float16", "cpu", interpreted("rms_norm").run)
+    norms = block_ops.norm_forms(3, 70, "float16", "cpu", interpreted("rms_norm_kernel").run)
     row = check_exact("norm", norms, "cpu")
     assert row["is_ok"] and row["right"] == 7, row
-    top_k = block_ops.top_k_forms(2, 300, "float16", "cpu", interpreted("vocab_top_k").run)
+    top_k = block_ops.top_k_forms(2, 300, "float16", "cpu", interpreted("vocab_top_k_kernel").run)
     row = check_exact("top-k", top_k[:2], "cpu")
     assert row["is_ok"] and row["right"] == 2, row
 
 
 def test_attention_interpreted():
     """Catches a form whose operands the kernel takes for others, and a read behind a sequence's end."""
-    attention = interpreted("decode_attention")
+    attention = interpreted("decode_attention_kernel")
     forms = block_ops.attention_forms(2, 9, 3, 70, 80, "float16", "cpu", attention.run)
     first = next(iter(forms[0].ours))
     forms = [Form(f.name, {first: f.ours[first]}, f.torchs, f.args) for f in forms]
@@ -143,7 +143,7 @@ def test_attention_interpreted():
 
 def ropes(shift: int = 0) -> dict:
     """The interpreted kernels as the ops call them; `shift`: written so many places too far."""
-    rope, kernel = interpreted("rope"), interpreted("decode_attention_kernel")
+    rope, kernel = interpreted("rope_kernel"), interpreted("decode_attention_kernel")
 
     def rope_and_cache(qkv, cos, signed_sin, keys, values, where, *norm):
         places = (None, where + shift) if isinstance(where, int) else (where + shift, 0)
@@ -185,7 +185,7 @@ def test_lengths_change_from_draw_to_draw():
 @pytest.fixture
 def interpreted_experts(monkeypatch):
     """Two small candidates, and the interpreter to run them."""
-    kernels = interpreted("grouped_gemm_kernels")
+    kernels = interpreted("grouped_gemm_configs")
     small = [
         ("decode", kernels.Decode(block_n=16, block_k=32, programs_per_sm=0, num_warps=4, num_stages=2)),
         ("prefill", kernels.Prefill(16, 16, 32, group_m=2, swap=False, tma=False, num_warps=4, num_stages=2)),
@@ -222,7 +222,7 @@ def test_wrong_experts_are_found(interpreted_experts, monkeypatch):
 
 def test_routing_kernels_interpreted():
     """Catches a router or a sort that is checked by another call than the layers make."""
-    routing = interpreted("routing")
+    routing = interpreted("routing_kernels")
     given = {"routers": ((8, 2),), "tokens": (1, 33), "dtypes": ("float16",)}
     rows = list(experts.exact_routing("cpu", routing.run_route, routing.run_sort, **given))
     assert [(row["is_ok"], row["right"]) for row in rows] == [(True, 8), (True, 6)], rows

@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from tp_runtime.kernels import rope as compiled
 from tp_runtime.kernels.rope import rope_and_cache
 
-kernel = interpreted("rope")
+kernel = interpreted("rope_kernel")
 EPS, CAPACITY, HEADS, KV_HEADS = 1e-6, 24, 6, 2
 SCALINGS = {
     "default": {"rope_type": "default"},

@@ -12,7 +12,7 @@ from program_order import reversed_programs
 from tp_runtime.kernels import routing
 
 SCORINGS = [("softmax", False), ("softmax", True), ("softmax_top_k", False), ("sigmoid", False)]
-run = interpreted("routing")
+run = interpreted("routing_kernels")
 
 # -inf - -inf, in rows of a tile that are no token
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")

@@ -9,7 +9,7 @@ from interpreted import interpreted
 from tp_runtime.kernels import vocab_top_k as compiled
 from tp_runtime.kernels.vocab_top_k import vocab_top_k
 
-kernel = interpreted("vocab_top_k")
+kernel = interpreted("vocab_top_k_kernel")
 
 
 @pytest.fixture(autouse=True)

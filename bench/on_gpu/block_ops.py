@@ -20,7 +20,15 @@ from bench.gpu_section import Options, Row
 from bench.on_gpu.calls import Call, Form, check_exact, check_steady, seeded
 from bench.on_gpu.cases import DTYPES
 from bench.on_gpu.races import release
-from tp_runtime.kernels import decode_attention, rms_norm, rope, rope_decode_attention, vocab_top_k
+from tp_runtime.kernels import (
+    decode_attention,
+    decode_attention_kernel,
+    rms_norm,
+    rms_norm_kernel,
+    rope,
+    rope_decode_attention,
+    vocab_top_k_kernel,
+)
 
 EPS = 1e-5
 NORMS = ((1, 4096), (64, 8192), (33, 2880), (1000, 128), (3, 32768))  # rows, N
@@ -53,7 +61,7 @@ def of(size: tuple[int, ...]) -> str:
     return "B={} H={}/{} S={} D={}".format(*size)
 
 
-def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm.run) -> list[Form]:
+def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm_kernel.run) -> list[Form]:
     options = {"dtype": getattr(torch, dtype), "device": device}
     x, residual = torch.randn(2, m, n, **options)
     weight, post_weight = 1 + 0.2 * torch.randn(2, n, **options)
@@ -81,7 +89,7 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
 
 def attention_forms(
     batch: int, heads: int, kv_heads: int, capacity: int, head_dim: int, dtype: str, device: str,
-    run: Callable = decode_attention.run,
+    run: Callable = decode_attention_kernel.run,
 ) -> list[Form]:  # fmt: skip
     """Each by every candidate: full, lengths of their own, windows, caps, masks, sinks, head maps, several tokens."""
     options = {"dtype": getattr(torch, dtype), "device": device}
@@ -107,7 +115,7 @@ def attention_forms(
             return hidden
 
         torchs = functools.partial(call, decode_attention.decode_attention_ref)
-        every = {label("split", config): ours(config) for config in decode_attention.CANDIDATES["split"]}
+        every = {label("split", config): ours(config) for config in decode_attention_kernel.CANDIDATES["split"]}
         return Form(name, every, torchs, (q, keys, values, *named.values()))
 
     forms = [
@@ -179,7 +187,7 @@ def _with(form: Form, *rest: Any) -> Form:
     return Form(form.name, form.ours, form.torchs, (*form.args, *rest))
 
 
-def top_k_forms(batch: int, v: int, dtype: str, device: str, run: Callable = vocab_top_k.run) -> list[Form]:
+def top_k_forms(batch: int, v: int, dtype: str, device: str, run: Callable = vocab_top_k_kernel.run) -> list[Form]:
     """Of so many logits in 16 bits many are equal: ids say whether the first of them was taken."""
     logits = torch.randn(batch, v, dtype=getattr(torch, dtype), device=device)
     return [
@@ -224,7 +232,7 @@ def attention_calls(
             normal(seed, device, q, keys, values)
             lengths.random_(1, capacity + 1, generator=seeded(seed, device))
 
-        return Call(draw, lambda: decode_attention.run(q, keys, values, scale, lengths=lengths, config=config))
+        return Call(draw, lambda: decode_attention_kernel.run(q, keys, values, scale, lengths=lengths, config=config))
 
     def fused() -> Call:
         qkv = torch.empty(batch, 1, (heads + 2 * kv_heads) * head_dim, **options)
@@ -242,7 +250,7 @@ def attention_calls(
 
         return Call(draw, run)
 
-    configs = decode_attention.CANDIDATES["split"]
+    configs = decode_attention_kernel.CANDIDATES["split"]
     every = {label("split", config): functools.partial(split, config) for config in configs}
     return {**every, "rope_decode_attention": fused}
 
@@ -251,13 +259,13 @@ def _norm_call(m: int, n: int, device: str, dtype: str = "bfloat16") -> Call:
     x, residual = torch.empty(2, m, n, dtype=getattr(torch, dtype), device=device)
     weight = torch.empty(n, dtype=x.dtype, device=device)
     return Call(
-        lambda seed: normal(seed, device, x, residual, weight), lambda: rms_norm.run(x, weight, EPS, residual)
+        lambda seed: normal(seed, device, x, residual, weight), lambda: rms_norm_kernel.run(x, weight, EPS, residual)
     )
 
 
 def _top_k_call(batch: int, v: int, k: int, device: str, dtype: str = "bfloat16") -> Call:
     logits = torch.empty(batch, v, dtype=getattr(torch, dtype), device=device)
-    return Call(lambda seed: normal(seed, device, logits), lambda: vocab_top_k.run(logits, k))
+    return Call(lambda seed: normal(seed, device, logits), lambda: vocab_top_k_kernel.run(logits, k))
 
 
 def normal(seed: int, device: str, *tensors: torch.Tensor) -> None:

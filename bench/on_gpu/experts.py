@@ -21,7 +21,7 @@ from bench.kernel_shapes import model_shapes
 from bench.on_gpu.calls import Call, Form, check_exact, check_steady, distinct_scores, seeded
 from bench.on_gpu.cases import DTYPES
 from bench.on_gpu.races import release
-from tp_runtime.kernels import grouped_gemm, routing
+from tp_runtime.kernels import grouped_gemm, routing, routing_kernels
 from tp_runtime.kernels.tuned import TORCH
 
 LAYERS = (("mixtral-8x7b", 8), ("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 8))  # model, tp_size
@@ -136,7 +136,12 @@ def exact(options: Options, device: str = "cuda", cases: Iterable[Case] | None =
 
 
 def exact_routing(
-    device: str, run=routing.run_route, sort=routing.run_sort, routers=ROUTERS, tokens=(1, 33, 4096), dtypes=DTYPES
+    device: str,
+    run=routing_kernels.run_route,
+    sort=routing_kernels.run_sort,
+    routers=ROUTERS,
+    tokens=(1, 33, 4096),
+    dtypes=DTYPES,
 ) -> Iterator[Row]:
     """The kernels that choose experts and sort tokens by them: integers equal to torch's."""
     for (num_experts, top_k), dtype in itertools.product(routers, dtypes):
