@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
 
+SHUFFLES = 16
 
-def assert_as_exact_as(got: torch.Tensor, torch_result: torch.Tensor, want_fp64: torch.Tensor, factor: float = 2):
+
+def assert_as_exact_as(
+    got: torch.Tensor, torch_result: torch.Tensor | Iterable[torch.Tensor], want_fp64: torch.Tensor, factor: float = 2
+):
     """Max and RMS error of `got` against `want_fp64` are at most `factor` times those of torch in the same dtype.
 
     Where torch is exact, ours has to be. A NaN is an error; so is another shape or dtype than torch's.
 
-    In float32 an error is a sum of many roundings, so about normally distributed, and the largest of few is luck, which
-    differs from CPU to CPU: torch's counts as at least what n such errors of its RMS let expect, sqrt(2 ln 2n) of it. In
-    half precision the last rounding, the same for both, is most of the error.
-
     Args:
         got: ours, any dtype, any device.
-        torch_result: torch's own: the same shape, the same dtype.
+        torch_result: torch's own: the same shape, the same dtype. Several: the same sums in other orders, as by
+            `shuffles`; torch's error is the largest of theirs. In float32 the largest error of a few hundred numbers is
+            luck, which is another on each CPU; in half precision the last rounding, the same for all, is most of it.
         want_fp64: the same in float64, from the very inputs (rounded as they were given).
     """
+    every = [torch_result] if isinstance(torch_result, torch.Tensor) else list(torch_result)
     assert want_fp64.dtype == torch.float64, f"{want_fp64.dtype} is no measure: float64"
-    assert (got.shape, got.dtype) == (want_fp64.shape, torch_result.dtype), (
-        f"{list(got.shape)} {got.dtype}, where torch has {list(want_fp64.shape)} {torch_result.dtype}"
+    assert (got.shape, got.dtype) == (want_fp64.shape, every[0].dtype), (
+        f"{list(got.shape)} {got.dtype}, where torch has {list(want_fp64.shape)} {every[0].dtype}"
     )
     if got.numel() == 0:
         return
-    ours, theirs = errors(got, want_fp64), errors(torch_result, want_fp64)
-    if got.dtype == torch.float32:
-        theirs = max(theirs[0], math.sqrt(2 * math.log(2 * got.numel())) * theirs[1]), theirs[1]
-    for name, our, their in zip(("max", "RMS"), ours, theirs):
+    theirs = map(max, zip(*(errors(one, want_fp64) for one in every), strict=True))
+    for name, our, their in zip(("max", "RMS"), errors(got, want_fp64), theirs):
         assert our <= factor * their, f"{name} error {our:.3g} is more than {factor} times torch's {their:.3g}"
+
+
+def shuffles(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Orders in which to sum `size` products: several in float32, else the given one."""
+    generator = torch.Generator().manual_seed(size)
+    more = SHUFFLES - 1 if dtype == torch.float32 else 0
+    return [torch.arange(size), *(torch.randperm(size, generator=generator) for _ in range(more))]
 
 
 def errors(got: torch.Tensor, want_fp64: torch.Tensor) -> tuple[float, float]:

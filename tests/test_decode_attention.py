@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import assert_as_exact_as
+from exactness import assert_as_exact_as, shuffles
 from interpreted import interpreted
 
 from tp_runtime.kernels import decode_attention as compiled
@@ -76,10 +76,13 @@ def assert_exact(form, q, keys, values, **options):
     scale = q.shape[-1] ** -0.5
     wide = {name: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in options.items()}
     want = row_by_row(q.double(), keys.double(), values.double(), scale, **wide)
-    on_cpu = decode_attention(q, keys, values, scale, **options)
     if form == "kernel":
-        assert_as_exact_as(run_kernel(q, keys, values, scale, **options), on_cpu, want)
-    elif q.dtype == torch.float32:
+        orders = shuffles(q.shape[-1], q.dtype)
+        torchs = (decode_attention(q[..., order], keys[..., order], values, scale, **options) for order in orders)
+        assert_as_exact_as(run_kernel(q, keys, values, scale, **options), torchs, want)
+        return
+    on_cpu = decode_attention(q, keys, values, scale, **options)
+    if q.dtype == torch.float32:
         torch.testing.assert_close(on_cpu, want.float())
     else:
         assert_as_exact_as(on_cpu, row_by_row(q, keys, values, scale, **options), want)

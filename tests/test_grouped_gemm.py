@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from exactness import assert_as_exact_as
+from exactness import assert_as_exact_as, shuffles
 from interpreted import interpreted
 from program_order import reversed_programs
 
@@ -53,7 +53,11 @@ def run(config, given, num_sms=3, **options):
 
 
 def assert_exact(got, given, **options):
-    assert_as_exact_as(got, grouped_gemm.experts_ref(*given, **options), fp64(given, **options))
+    x, index, weights, gate_up, down = given
+    orders = shuffles(x.shape[1], x.dtype)[: None if got.numel() < 4096 else 1]  # of many the largest is no luck
+    features = 1 if options.get("is_transposed") else 2
+    shuffled = ((x[:, order], index, weights, gate_up.index_select(features, order), down) for order in orders)
+    assert_as_exact_as(got, [grouped_gemm.experts_ref(*one, **options) for one in shuffled], fp64(given, **options))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
