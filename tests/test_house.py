@@ -33,9 +33,9 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imports(path: Path) -> Iterator[str]:
+def imports(source: Path | ast.AST) -> Iterator[str]:
     """Every module or name that a file imports, at its top or inside a function; dots of relative imports are kept."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source.read_text()) if isinstance(source, Path) else source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,6 +76,23 @@ def test_kernels_import_torch_and_triton_only(path):
     allowed = {"", "torch", "triton"} | sys.stdlib_module_names  # "": another kernel file, relative
     assert {module.split(".")[0] for module in imports(path)} <= allowed
     assert not any(module.startswith("..") for module in imports(path))
+
+
+def test_what_a_cpu_rank_imports_leaves_triton_alone():
+    """Catches a kernel at the top of a file: every rank on a CPU would wait for its decorators, and need Triton."""
+    at_top = {}  # of each kernel file: its neighbours and packages, imports inside functions left out
+    for path in KERNELS:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = list(imports(ast.Module(top, [])))
+        at_top[path.stem] = {part for module in modules for part in module.split(".") if part}
+
+    def reached(stem: str) -> set[str]:
+        return {stem}.union(*(reached(other) for other in at_top[stem] if other in at_top))
+
+    modules = [module.split(".") for path in RUNTIME for module in imports(path)]
+    of_runtime = {module[2] for module in modules if module[:2] == ["", "kernels"]}
+    assert of_runtime >= {"gemm", "gated_gemm", "grouped_gemm", "routing", "rms_norm"}
+    assert not {stem for op in of_runtime for stem in reached(op) if "triton" in at_top[stem]}
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name)
