@@ -96,6 +96,10 @@ SECTIONS = (
     ),
     Section("decode_step", "ms of a decode step at model size, and of a rank of tp 8", 150, "end_to_end:decode_steps"),
     Section(
+        "overlap", "communication hidden by each schedule, tp 8 and 2, M 1 to 8192; NCCL emulated on this GPU", 300,
+        "overlap:rows",
+    ),
+    Section(
         "attention_speed", "decode attention in TB/s, batch 1 to 64, context 1024 to 32768, against torch's", 180,
         "speed:attention",
     ),

@@ -123,6 +123,20 @@ def config_of(model: str | os.PathLike) -> Mapping:
     return MODELS[name] if name in MODELS else preflight.read_config(preflight.resolve(name, weights=False))
 
 
+def scaled(model: str, scale: int, num_layers: int) -> dict:
+    """The config of a model, `scale` times as narrow, with few layers and hardly a vocabulary.
+
+    Raises:
+        ValueError: the width cannot be divided by that.
+    """
+    config = {**MODELS[model], "num_hidden_layers": num_layers, "vocab_size": 256}
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        if config[key] % scale:
+            raise ValueError(f"scale={scale} does not divide {model}'s {key}={config[key]}; choose a power of two")
+        config[key] //= scale
+    return {**config, "num_key_value_heads": max(1, config["num_key_value_heads"] // scale)}
+
+
 def shape(name: str) -> KernelShape:
     """The shape of this name, of a model in `MODELS`: `shape("llama-3-70b gate_up tp8")`.
 

@@ -1,62 +1,216 @@
-"""One rank of bench_overlap: the same prefill under each schedule, in turn."""
+"""One rank of bench_overlap: the rows of a table, the same calls on every rank.
+
+Each schedule of `RuntimeConfig.overlap` in turn with the computation without its all-reduces, and the all-reduces
+without the computation:
+
+    ideal    max(compute, communication)
+    hidden   1 - (time - compute) / (sequential - compute)
+"""
 
 from __future__ import annotations
 
-import gc
-import time
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-import tp_runtime
-from bench.torchrun import serve
-from tp_runtime.comm import NullCommunicator
-from tp_runtime.overlap import wins
-from tp_runtime.patching import patch_of
+from bench import overlap_trace
+from bench.emulated_nccl import EmulatedCommunicator, published_us
+from bench.overlap_work import Work, works
+from bench.record import ratio, say, spread
+from bench.timing import time_us
+from tp_runtime.comm import Communicator, NullCommunicator
+from tp_runtime.config import RuntimeConfig
 
-TOLERANCE = 2e-3  # of hidden states of size 1, in float32; between schedules, not against the truth
+SEQUENTIAL, AUTO = "off", "auto"
+Row = dict
+Messages = list[tuple[str, torch.Size, torch.dtype]]
+
+
+def modes() -> list[str]:
+    """What `--overlap` may be: sequential first, so that the others are judged by it; last what chooses of them."""
+    (field,) = (field for field in dataclasses.fields(RuntimeConfig) if field.name == "overlap")
+    choices = field.metadata["choices"]
+    return [SEQUENTIAL, *(mode for mode in choices if mode not in (SEQUENTIAL, AUTO)), AUTO]
+
+
+@contextmanager
+def logged(comm: Communicator) -> Iterator[Messages]:
+    """The all-reduces that `comm` carries out within, in order: of one that is carried out by another, the other."""
+    log: Messages = []
+
+    def logging(name: str) -> Callable:
+        method = getattr(comm, name)
+
+        def call(x):
+            num_before = len(log)
+            result = method(x)
+            if len(log) == num_before:
+                log.append((name, x.shape, x.dtype))
+            return result
+
+        return call
+
+    calls = {name: logging(name) for name in dir(comm) if name.startswith("all_reduce")}
+    vars(comm).update(calls)
+    try:
+        yield log
+    finally:
+        for name in calls:
+            delattr(comm, name)
+
+
+def runs(work: Work) -> dict[str, Callable[[int], torch.Tensor]]:
+    """Mode -> one pass of `work` in it, with the i-th weights."""
+
+    def under(mode: str) -> Callable[[int], torch.Tensor]:
+        def call(i: int) -> torch.Tensor:
+            work.overlap.mode = mode
+            return work(i)
+
+        return call
+
+    return {mode: under(mode) for mode in modes()}
+
+
+def rows(
+    models: Iterable[str],
+    roles: Iterable[str],
+    ms: Iterable[int],
+    comm: Communicator,
+    link: str,
+    repeats: int,
+    dtype: str = "bfloat16",
+    scale: int = 1,
+    num_layers: int = 2,
+) -> Iterator[Row]:
+    """A row for each model, role and number of tokens; every rank of `comm` gets the same.
+
+    Args:
+        models, roles, scale, num_layers: see `overlap_work.works`.
+        ms: numbers of tokens.
+        link: what carries the all-reduces: gloo, nccl, or how they are emulated.
+    """
+    roles, ms = list(roles), list(ms)
+    narrow = f", 1/{scale} as wide" if scale > 1 else ""
+    for model in models:
+        for role, build in works(model, roles, getattr(torch, dtype), comm, scale, num_layers):
+            work = build()
+            for m in ms:
+                yield {
+                    "what": f"{model} {role} tp{comm.size} M={m}{narrow}, {dtype}, {link}",
+                    "model": model, "role": role, "tp_size": comm.size, "m": m, "dtype": dtype, "scale": scale,
+                    "layers": num_layers if role == "layers" else 1, "link": link, **measure(work, m, repeats),
+                }  # fmt: skip
+            del work
 
 
 @torch.inference_mode()
-def answer(request: dict) -> dict:
-    """Seconds of each schedule's prefill, and of the same without its all-reduces.
+def trace(
+    model: str, m: int, comm: Communicator, file: Path | None, dtype: str, scale: int = 1, num_layers: int = 2
+) -> dict[str, float]:
+    """Writes a trace of decoder layers under every schedule; every rank calls it.
 
-    Request: `checkpoint`, `modes`, `tokens` (list of prompt lengths), `num_iters`.
+    Args:
+        file: None on the ranks of which no trace is wanted.
+
+    Returns:
+        Schedule -> the share of the communication's time in which there was compute as well; empty without a file.
     """
-    model = tp_runtime.load(request["checkpoint"])
-    overlap = patch_of(model).overlap
-    live, silent = overlap.comm, NullCommunicator(overlap.comm.rank, overlap.comm.size)
-    runs = {mode: (mode, live) for mode in request["modes"]} | {"no communication": ("off", silent)}
-    reply = {}
-    for length in request["tokens"]:
-        ids = torch.arange(length).unsqueeze(0) * 7919 % model.config.vocab_size
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        want = None
-        for i in range(-1, request["num_iters"]):  # the first round checks, measures what "auto" wants, and warms up
-            for name, (overlap.mode, overlap.comm) in runs.items():
-                gc.collect()
-                dist.barrier()
-                began = time.perf_counter()
-                hidden = model.model(ids).last_hidden_state
-                dist.barrier()
-                if i >= 0:
-                    seconds[name].append(time.perf_counter() - began)
-                elif overlap.comm is live:
-                    want = hidden if want is None else want
-                    error = (hidden - want).abs().max().item()
-                    assert error <= TOLERANCE, f"{name}: hidden states differ by {error} from those of {runs[0]}"
-        overlap.comm = live
-        reply[str(length)] = {"seconds": seconds, "chosen": chosen(overlap, length)}
-    return reply
+    ((_, build),) = works(model, ["layers"], getattr(torch, dtype), comm, scale, num_layers)
+    work = build()
+    work.draw(m)
+    calls = runs(work)
+    for call in calls.values():
+        call(0)
+    events = overlap_trace.recorded(calls, comm)
+    if file is None:
+        return {}
+    title = f"{model}, {num_layers} layers, tp{comm.size}, M={m}, rank {comm.rank}"
+    written = overlap_trace.write(overlap_trace.in_rows(events, calls), title, file)
+    return {mode: overlap_trace.hidden_share(*overlap_trace.intervals(written, mode)) for mode in calls}
 
 
-def chosen(overlap, length: int) -> str:
-    """What "auto" came to for prompts of that length."""
-    if (pair := overlap.lanes_s.get(length.bit_length())) and wins(pair[1], pair[0]):
-        return "lanes"
-    blocks = {str(m.fastest()) for (bits, *_), m in overlap.measured.items() if bits == (length - 1).bit_length()}
-    return ", ".join(sorted(blocks)) or "sequential"
+@torch.inference_mode()
+def measure(work: Work, m: int, repeats: int) -> Row:
+    """Checks and times `work` with m tokens."""
+    work.draw(m)
+    comm, calls = work.overlap.comm, runs(work)
+    sent: dict[str, Messages] = {}
+    calls[AUTO](0)  # what there is to choose from is measured now
+    for mode, call in calls.items():
+        with logged(comm) as sent[mode]:
+            call(0)
+    first = {mode: next(other for other in calls if sent[other] == sent[mode]) for mode in calls}
+    different = {mode: call for mode, call in calls.items() if first[mode] == mode}
+    wrong = work.faults({mode: lambda call=call: call(0) for mode, call in different.items()})
+
+    silent = NullCommunicator(comm.rank, comm.size, comm.device)
+    messages = [torch.zeros(shape, dtype=dtype, device=comm.device) for _, shape, dtype in sent[SEQUENTIAL]]
+
+    def compute(i: int) -> None:
+        work.overlap.comm = silent
+        calls[SEQUENTIAL](i)
+        work.overlap.comm = comm
+
+    def communicate(i: int) -> None:
+        for message in messages:
+            comm.all_reduce(message)
+
+    contenders = {"compute": compute, "communication": communicate, **different}
+    times, timing = _timed(contenders, work.copies, repeats, comm)
+    compute_us, communication_us = (spread(times[name]) for name in ("compute", "communication"))
+    sequential_us = spread(times[SEQUENTIAL])["median"]
+    return {
+        "compute_us": compute_us, "communication_us": communication_us,
+        "ideal_us": max(compute_us["median"], communication_us["median"]),
+        "message_bytes": [message.nbytes for message in messages],
+        "published_us": _published_us(comm, messages),
+        "schedules": {
+            mode: {
+                "as": None if first[mode] == mode else first[mode],
+                "us": spread(times[first[mode]]),
+                "speedup": ratio(times[SEQUENTIAL], times[first[mode]]),
+                "hidden": hidden(spread(times[first[mode]])["median"], compute_us["median"], sequential_us),
+            }
+            for mode in calls
+        },
+        "chosen": chosen(work, first),
+        "timing": timing, "wrong": wrong, "is_ok": not wrong,
+    }  # fmt: skip
 
 
-if __name__ == "__main__":
-    serve(answer)
+def _timed(contenders, copies: int, repeats: int, comm: Communicator) -> tuple[dict[str, list[float]], str]:
+    """The times, and how they were taken; what cannot be recorded is launched one by one."""
+    if comm.device.type == "cpu":
+        return time_us(contenders, copies, repeats, "cpu", comm), "the host's clock"
+    try:
+        return time_us(contenders, copies, repeats, "cuda", comm), "CUDA graphs"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        say(f"  not recorded in a CUDA graph, so launched one by one: {reason}")
+        torch.cuda.synchronize()  # raises where the device is lost
+        times = time_us(contenders, copies, repeats, "cuda", comm, is_recorded=False)
+        return times, f"launched one by one: {reason}"
+
+
+def _published_us(comm: Communicator, messages: Iterable[torch.Tensor]) -> float | None:
+    """What an emulation aims at."""
+    if not isinstance(comm, EmulatedCommunicator):
+        return None
+    return sum(published_us(comm.size, message.nbytes) for message in messages)
+
+
+def hidden(us: float, compute_us: float, sequential_us: float) -> float | None:
+    """The share of the communication that a schedule hides; None where the sequential one exposes nothing."""
+    exposed_us = sequential_us - compute_us
+    return 1 - (us - compute_us) / exposed_us if exposed_us > 0 else None
+
+
+def chosen(work: Work, first: dict[str, str]) -> str:
+    """What `auto` came to: the mode that does the same, else the blocks that were the fastest."""
+    if first[AUTO] != AUTO:
+        return first[AUTO]
+    return ", ".join(sorted({str(measured.fastest()) for measured in work.overlap.measured.values()}))

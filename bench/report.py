@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.kernel_shapes import PUBLISHED_CUBLAS_US, PUBLISHED_SOURCE
-from bench.record import RESULTS, say, table
+from bench.record import RESULTS, say, table, verdicts
 from bench.report_op_tables import (
     all_reduce_rows,
     all_reduce_table,
@@ -32,6 +32,7 @@ from bench.report_op_tables import (
     several_table,
     summary_table,
 )
+from bench.report_overlap import overlap_rows, overlap_table, overlap_targets
 from bench.report_tables import (
     NOT_MEASURED,
     checks_table,
@@ -120,6 +121,8 @@ def report(records: Sequence[dict]) -> str:
                 parts += [f"### {title}", *goals, several_table(rows, gpu), losses_table(rows)]
         if rows := all_reduce_rows(results):
             parts += ["### All-reduce", all_reduce_table(rows)]
+        if rows := overlap_rows(results):
+            parts += ["### Hidden communication", verdicts(overlap_targets(rows)), overlap_table(rows)]
         if rows := step_rows(results):
             parts += ["### Decode steps", steps_table(rows)]
     for record in records:

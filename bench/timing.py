@@ -19,6 +19,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -43,8 +44,31 @@ def copies(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, *shape, dtype=like.dtype, device=like.device).normal_(std=shape[-1] ** -0.5)
 
 
+class Ranks(Protocol):
+    """What is needed of tp_runtime.comm.Communicator where several ranks measure the same contenders together."""
+
+    def barrier(self) -> None: ...
+
+    def gather_json(self, value: Any) -> list: ...
+
+
+class Alone:
+    """The only rank."""
+
+    def barrier(self) -> None:
+        pass
+
+    def gather_json(self, value: Any) -> list:
+        return [value]
+
+
 def time_us(
-    contenders: Mapping[str, Call], num_copies: int, repeats: int = REPEATS, device: str = "cuda"
+    contenders: Mapping[str, Call],
+    num_copies: int,
+    repeats: int = REPEATS,
+    device: str = "cuda",
+    ranks: Ranks | None = None,
+    is_recorded: bool = True,
 ) -> dict[str, list[float]]:
     """Microseconds of one call of each contender.
 
@@ -53,15 +77,21 @@ def time_us(
         num_copies: calls get 0, 1, ... num_copies - 1 in turn.
         repeats: measurements of each, in turn with the others.
         device: "cuda": graphs and events; else the host's clock.
+        ranks: those that call this at the same time. They make the same calls, and meet before each replay.
+        is_recorded: on CUDA; else calls are launched one by one, and the host may be what takes long.
 
     Returns:
-        Name -> `repeats` times; those of the same index were measured one after the other.
+        Name -> `repeats` times, of the slowest rank; those of the same index were measured one after the other.
     """
-    measure = _replays if torch.device(device).type == "cuda" else _host_calls
+    ranks = ranks or Alone()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
-        measure(contenders, num_copies, repeats, times)
-    return times
+        if torch.device(device).type == "cuda":
+            _replays(contenders, num_copies, repeats, times, ranks, is_recorded)
+        else:
+            _host_calls(contenders, num_copies, repeats, times, ranks)
+    everyone = ranks.gather_json(times)
+    return {name: [max(each) for each in zip(*(mine[name] for mine in everyone), strict=True)] for name in times}
 
 
 def in_turn(names: list[str], repeat: int) -> list[str]:
@@ -70,13 +100,24 @@ def in_turn(names: list[str], repeat: int) -> list[str]:
     return names[first:] + names[:first]
 
 
-def _replays(contenders: Mapping[str, Call], num_copies: int, repeats: int, times: dict[str, list[float]]) -> None:
+def _replays(
+    contenders: Mapping[str, Call],
+    num_copies: int,
+    repeats: int,
+    times: dict[str, list[float]],
+    ranks: Ranks,
+    is_recorded: bool,
+) -> None:
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
-    graphs, num_calls = {}, {}
+    replays, num_calls = {}, {}
     with torch.cuda.stream(stream):
         for name, call in contenders.items():
-            graphs[name], num_calls[name] = _record(call, num_copies, stream)
+            if is_recorded:
+                graph, num_calls[name] = _record(call, num_copies, stream, ranks)
+                replays[name] = graph.replay
+            else:
+                replays[name], num_calls[name] = functools.partial(_call_all, call, num_copies), num_copies
         events = []
         was_enabled = gc.isenabled()
         gc.disable()  # a collection between two launches would be time of one contender
@@ -84,8 +125,9 @@ def _replays(contenders: Mapping[str, Call], num_copies: int, repeats: int, time
             for repeat in range(-2, repeats):  # two to warm up
                 for name in in_turn(list(contenders), repeat):
                     start, stop = _event_pair()
+                    ranks.barrier()
                     start.record(stream)
-                    graphs[name].replay()
+                    replays[name]()
                     stop.record(stream)
                     events.append((repeat, name, start, stop))
             stream.synchronize()
@@ -97,7 +139,12 @@ def _replays(contenders: Mapping[str, Call], num_copies: int, repeats: int, time
             times[name].append(start.elapsed_time(stop) * 1e3 / num_calls[name])
 
 
-def _record(call: Call, num_copies: int, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, int]:
+def _call_all(call: Call, num_copies: int) -> None:
+    for i in range(num_copies):
+        call(i)
+
+
+def _record(call: Call, num_copies: int, stream: torch.cuda.Stream, ranks: Ranks) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of enough calls, and their number. Each graph has memory of its own: replays come in any order."""
     call(0)  # compiles, and makes what libraries make at a first call
     graph = _graph(call, num_copies, num_copies, stream)
@@ -107,7 +154,8 @@ def _record(call: Call, num_copies: int, stream: torch.cuda.Stream) -> tuple[tor
     graph.replay()
     stop.record(stream)
     stream.synchronize()
-    rounds = math.ceil(MIN_REPLAY_US / max(start.elapsed_time(stop) * 1e3, 1.0))
+    replay_us = max(ranks.gather_json(start.elapsed_time(stop) * 1e3))
+    rounds = math.ceil(MIN_REPLAY_US / max(replay_us, 1.0))
     num_calls = rounds * num_copies
     return (graph if rounds == 1 else _graph(call, num_copies, num_calls, stream)), num_calls
 
@@ -130,12 +178,14 @@ def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def _host_calls(contenders: Mapping[str, Call], num_copies: int, repeats: int, times: dict[str, list[float]]) -> None:
+def _host_calls(
+    contenders: Mapping[str, Call], num_copies: int, repeats: int, times: dict[str, list[float]], ranks: Ranks
+) -> None:
     for call in contenders.values():
         call(0)
     for repeat in range(repeats):
         for name in in_turn(list(contenders), repeat):
+            ranks.barrier()
             started = time.perf_counter_ns()
-            for i in range(num_copies):
-                contenders[name](i)
+            _call_all(contenders[name], num_copies)
             times[name].append((time.perf_counter_ns() - started) / 1e3 / num_copies)

@@ -32,12 +32,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS, BENCH = ROOT / "kernels", ROOT / "bench"
 PACKAGE = "interpreted_kernels"
 
 
 def interpreted(name: str) -> ModuleType:
-    """The interpreted copy of kernels/`name`.py: one for the whole process."""
+    """The interpreted copy of kernels/`name`.py, or of bench/`name`.py: one for the whole process."""
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
@@ -97,7 +98,7 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds PACKAGE and the files of `kernels/` as its modules."""
+    """Finds PACKAGE and the files of `kernels/` and `bench/` as its modules."""
 
     def find_spec(self, name: str, path=None, target=None):
         package, _, module = name.partition(".")
@@ -105,8 +106,10 @@ class _Finder(MetaPathFinder):
             return None
         if not module:
             return ModuleSpec(name, None, is_package=True)
-        file = KERNELS / f"{module}.py"
-        return spec_from_file_location(name, file, loader=_Loader(name, str(file))) if file.exists() else None
+        for file in (folder / f"{module}.py" for folder in (KERNELS, BENCH)):
+            if file.exists():
+                return spec_from_file_location(name, file, loader=_Loader(name, str(file)))
+        return None
 
 
 sys.meta_path.append(_Finder())

@@ -44,10 +44,13 @@ EMULATED = "one GPU: no NVLink, emulated"
 # Published, not measured by this project: us on H200s with NVLink; tp_size -> message bytes -> peer -> us.
 # Source: NVIDIA's measured operator database (github.com/ai-dynamo/aiconfigurator, snapshot of 2026-08).
 PUBLISHED_US: dict[int, dict[int, dict[str, float]]] = {
-    2: {16 << 10: {"SGLang": 2.6, "TRT-LLM": 2.8, "vLLM": 4.6, "NCCL": 7.3}, 1 << 20: {"SGLang": 5.9, "NCCL": 14}},
-    4: {16 << 10: {"SGLang": 2.9, "TRT-LLM": 3.2, "vLLM": 4.8, "NCCL": 10.9}, 1 << 20: {"SGLang": 10.4, "NCCL": 18}},
-    8: {16 << 10: {"SGLang": 3.7, "TRT-LLM": 3.5, "vLLM": 5.2, "NCCL": 18.3}, 1 << 20: {"SGLang": 13.1, "NCCL": 26}},
-}
+    2: {16 << 10: {"SGLang": 2.6, "TRT-LLM": 2.8, "vLLM": 4.6, "NCCL": 7.3}, 1 << 20: {"SGLang": 5.9, "NCCL": 14},
+        16 << 20: {"NCCL": 76}, 64 << 20: {"NCCL": 250}},
+    4: {16 << 10: {"SGLang": 2.9, "TRT-LLM": 3.2, "vLLM": 4.8, "NCCL": 10.9}, 1 << 20: {"SGLang": 10.4, "NCCL": 18},
+        16 << 20: {"NCCL": 99}, 64 << 20: {"NCCL": 320}},
+    8: {16 << 10: {"SGLang": 3.7, "TRT-LLM": 3.5, "vLLM": 5.2, "NCCL": 18.3}, 1 << 20: {"SGLang": 13.1, "NCCL": 26},
+        16 << 20: {"NCCL": 122}, 64 << 20: {"NCCL": 320}},
+}  # fmt: skip
 
 
 class Group:

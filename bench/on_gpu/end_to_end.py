@@ -20,7 +20,7 @@ from bench.kernel_shapes import MODELS
 from bench.on_gpu.errors import MOST_OVER_TORCH, against, free_bytes
 from bench.record import spread
 from tp_runtime.block import RotaryEmbedding
-from tp_runtime.comm import NullCommunicator
+from tp_runtime.comm import Communicator, NullCommunicator
 from tp_runtime.config import GenerationOptions
 from tp_runtime.engine import Engine
 from tp_runtime.estimate import decode_floor_ms, find_device
@@ -28,9 +28,9 @@ from tp_runtime.layers import VocabParallelEmbedding
 from tp_runtime.patching import patch_of
 
 # What a config says beside its sizes; no text ends early.
-_REST = {"max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+BESIDE_SIZES = {"max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SMALL = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 2816, "num_attention_heads": 16}
-CONFIGS = {name: {**config, **_REST} for name, config in MODELS.items()}
+CONFIGS = {name: {**config, **BESIDE_SIZES} for name, config in MODELS.items()}
 CONFIGS["small llama"] = {**CONFIGS["llama-3-8b"], **SMALL, "vocab_size": 32000}
 
 # model, dtype. A float32 copy of the weights is the reference.
@@ -73,11 +73,12 @@ def random_model(config: dict, dtype: torch.dtype, device: str) -> PreTrainedMod
         return AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
 
 
-def random_rank(config: dict, tp_size: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Rank 0 of `tp_size`, patched, without peers; no more than its part is ever in memory."""
+def random_rank(config: dict, dtype: torch.dtype, comm: Communicator) -> PreTrainedModel:
+    """A rank's part of a model, patched; no more than that is ever in memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).eval()
-    tp_runtime.patch(model, NullCommunicator(0, tp_size, device))
+    tp_runtime.patch(model, comm)
+    device = comm.device
     model.to_empty(device=device)
     torch.manual_seed(0)
     for weight in model.parameters():
@@ -171,7 +172,7 @@ def decode_steps(options: Options, device: str = "cuda", steps=DECODE_STEPS, con
             theirs = {step.batch: _their_steps_ms(model, step.batch, context, device) for step in of_model}
             tp_runtime.patch(model, NullCommunicator(0, 1, device))
         else:
-            model = random_rank(config, tp_size, dtype, device)
+            model = random_rank(config, dtype, NullCommunicator(0, tp_size, device))
         for step in of_model:
             yield _step_row(step, model, theirs.get(step.batch), context, device)
         del model
