@@ -6,13 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
+FACTOR = 2
 SHUFFLES = 16
 
 
-def assert_as_exact_as(
-    got: torch.Tensor, torch_result: torch.Tensor | Iterable[torch.Tensor], want_fp64: torch.Tensor, factor: float = 2
-):
-    """Max and RMS error of `got` against `want_fp64` are at most `factor` times those of torch in the same dtype.
+def assert_as_exact_as(got: torch.Tensor, torch_result: torch.Tensor | Iterable[torch.Tensor], want_fp64: torch.Tensor):
+    """Max and RMS error of `got` against `want_fp64` are at most FACTOR times those of torch in the same dtype.
 
     Where torch is exact, ours has to be. A NaN is an error; so is another shape or dtype than torch's.
 
@@ -32,7 +31,7 @@ def assert_as_exact_as(
         return
     theirs = map(max, zip(*(errors(one, want_fp64) for one in every), strict=True))
     for name, our, their in zip(("max", "RMS"), errors(got, want_fp64), theirs):
-        assert our <= factor * their, f"{name} error {our:.3g} is more than {factor} times torch's {their:.3g}"
+        assert our <= FACTOR * their, f"{name} error {our:.3g} is more than {FACTOR} times torch's {their:.3g}"
 
 
 def shuffles(size: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -154,8 +154,7 @@ def test_expert_that_is_not_there(name, expert):
         got = run(CONFIGS[name], (x, index, weights, gate_up, down))
     others = [0, 1, 2, 4, 5, 6]
     assert got[3].isnan().all()
-    want = grouped_gemm.experts_ref(x[others], index[others], weights[others], gate_up, down)
-    torch.testing.assert_close(got[others], want)
+    assert_exact(got[others], (x[others], index[others], weights[others], gate_up, down))
     with pytest.raises(ValueError, match=f"token 3 is given expert {expert}: there are experts 0 to 3"):
         grouped_gemm.experts(x, index, weights, gate_up, down)
 
@@ -192,13 +191,13 @@ def test_nothing_to_do(num_tokens, width):
 
 def test_parts_of_the_width_sum_to_the_whole():
     """Catches gate and up cut as one matrix: ranks hold rows of both."""
-    x, index, weights, gate_up, down = operands(9, 4, 2, 32, 48, torch.float64)
-    whole, total = grouped_gemm.experts(x, index, weights, gate_up, down), 0
+    x, index, weights, gate_up, down = given = operands(90, 4, 2, 32, 48)
     gate, up = gate_up.chunk(2, dim=1)
+    parts = []
     for start, stop in ((0, 17), (17, 17), (17, 48)):
         part = torch.cat((gate[:, start:stop], up[:, start:stop]), dim=1)
-        total = total + grouped_gemm.experts(x, index, weights, part, down[:, :, start:stop])
-    torch.testing.assert_close(total, whole)
+        parts.append(grouped_gemm.experts(x, index, weights, part, down[:, :, start:stop]))
+    assert_exact(sum(parts), given)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +277,7 @@ def test_choice(row, num_tokens, width, dtype, weigh_input, runs, monkeypatch, c
     assert measured.looked_up[0][0] == "experts_4_2" and measured.looked_up[0][2:5] == (width, 32, num_tokens)
     is_untuned = runs != "torch" and (row is None or width % 8)
     assert caplog.text.count("torch runs one expert after the other") == int(bool(is_untuned))
-    torch.testing.assert_close(y, grouped_gemm.experts(*given, weigh_input=weigh_input), rtol=2e-2, atol=2e-2)
+    assert_exact(y, given, weigh_input=weigh_input)
 
 
 def test_what_nobody_has_measured_is_torchs(monkeypatch):
