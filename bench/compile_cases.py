@@ -48,10 +48,9 @@ def _tensor_cores(kernel: str, config: Any, arch: int) -> str:
 
 def _experts_cases(arch: int) -> Iterator[Case]:
     """Both GEMMs of every candidate: Mixtral's experts at tp 8 for few tokens, Qwen3-30B-A3B's for many; Llama 4's
-    layout; widths that are not whole 16 bytes, and of one column."""
+    layout; widths that are not whole 16 bytes, and of one column. In float32, which is not measured, what runs."""
     kernels = importlib.import_module("tp_runtime.kernels.grouped_gemm")
     launch_of = importlib.import_module("tp_runtime.kernels.grouped_gemm_launch")
-    dtype = torch.bfloat16
     shapes = {  # tokens, experts, choices, I, H, whether input features come first; where the two GEMMs stand
         "decode": ([(16, 8, 2, 1792, 4096, False), (64, 8, 2, 1792, 4096, True), (5, 4, 1, 1, 45, False)], (0, 1)),
         "prefill": (
@@ -59,21 +58,25 @@ def _experts_cases(arch: int) -> Iterator[Case]:
         ),
     }  # fmt: skip
     most = {5: 1, 64: 2}  # configurations; else all
+    untuned = dict(kernels.UNTUNED[True])
     for kernel, (sizes, places) in shapes.items():
-        for m, e, top_k, n, k, is_transposed in sizes:
+        every = [(torch.bfloat16, *size) for size in sizes] + [(torch.float32, *sizes[0])]
+        for dtype, m, e, top_k, n, k, is_transposed in every:
             x, index = meta(m, k, dtype=dtype), meta(m, top_k, dtype=torch.int64)
             shapes_of_w = ((k, 2 * n), (n, k)) if is_transposed else ((2 * n, k), (k, n))
             gate_up, down = (meta(e, *shape, dtype=dtype) for shape in shapes_of_w)
             given = x, index, meta(m, top_k, dtype=dtype), gate_up, down, "silu", is_transposed
-            taken = (c for name, c in kernels.candidates(m, n, k, dtype) if name == kernel)
-            taken = [c for c in taken if not launch_of.takes(c, x, index, gate_up, down, is_transposed)]
+            in_16_bits = [c for name, c in kernels.candidates(m, n, k, dtype) if name == kernel]
+            configs = in_16_bits if dtype == torch.bfloat16 else [untuned[kernel]]
+            taken = [c for c in configs if not launch_of.takes(c, x, index, gate_up, down, is_transposed)]
             for config in taken[: most.get(m)]:
                 launch = functools.partial(kernels.run, *given, kernel=kernel, config=config)
                 shape = f"T={m} E={e} k={top_k} I={n} H={k}" + is_transposed * " transposed"
                 for place, gemm in zip(places, ("gate_up", "down")):
                     yield Case(
                         "grouped_gemm", f"{kernel} {gemm}", arch, dtype, shape, launch, config, place,
-                        tensor_cores=_tensor_cores(kernel, config, arch), has_wide_loads=n % 8 == 0,
+                        tensor_cores=_tensor_cores(kernel, config, arch) if dtype == torch.bfloat16 else "",
+                        has_wide_loads=n % 8 == 0,
                     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .gated_gemm import ACTIVATIONS
 from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_bytes
-from .routing import check_routing, sort_by_expert_ref
+from .routing import check_routing, lost_note, raise_lost, sort_by_expert_ref
 from .tuned import TORCH, lookup
 
 _log = logging.getLogger("tp_runtime")
@@ -51,8 +51,15 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
 }
 LOOP = "loop"  # `experts_ref`: expert by expert, the host waiting for the device
-# What a CUDA graph gets where nothing was measured and torch would wait: the first that takes the operands.
-UNTUNED = (("decode", CANDIDATES["decode"][2]), ("prefill", CANDIDATES["prefill"][8]))
+# What a CUDA graph gets where nothing was measured and torch would wait: the first that takes the operands. float32,
+# multiplied by CUDA cores and never measured, has tiles of its own, that fit into their registers.
+UNTUNED: dict[bool, tuple[tuple[str, Config], ...]] = {
+    False: (("decode", CANDIDATES["decode"][2]), ("prefill", CANDIDATES["prefill"][8])),
+    True: (
+        ("decode", Decode(block_n=16, block_k=64, programs_per_sm=2, num_warps=4, num_stages=4)),
+        ("prefill", Prefill(32, 32, 32, group_m=8, swap=False, tma=False, num_warps=4, num_stages=3)),
+    ),
+}
 
 
 def op_name(num_experts: int, top_k: int) -> str:
@@ -103,8 +110,9 @@ def experts(
         [T, H] in x's dtype: summed in float32 in a fixed order, rounded once; the same bits at every call.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU also a token given an expert that is not there or a NaN weight,
-            which on CUDA, where nothing waits for the device, makes that token's row NaN (see `check_routing`).
+        ValueError: shapes that do not fit; a token given an expert that is not there or, on the CPU, a NaN weight. On
+            CUDA, where nothing waits for the device, either makes that token's row NaN, and an expert that is not there
+            raises in a later call on that device, or when it is asked: see `routing.raise_lost`.
     """
     given = x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed, weigh_input
     if torch.compiler.is_compiling():
@@ -159,9 +167,12 @@ def experts_torch(
 ) -> torch.Tensor:
     """The same by torch's grouped GEMM, which on CUDA waits for the device unless `has_grouped_mm`."""
     top_k, num_experts = top_k_index.shape[1], len(gate_up_proj)
+    sort = sort_by_expert_ref
+    if x.is_cuda:
+        from .routing_kernels import run_sort as sort  # notes lost tokens, in one launch
     if not is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
-    slots, offsets = sort_by_expert_ref(top_k_index, num_experts)
+    slots, offsets = sort(top_k_index, num_experts)
     rows = x[slots // top_k]
     if weigh_input:
         rows = rows * top_k_weights.flatten()[slots].unsqueeze(1).to(x.dtype)
@@ -213,6 +224,7 @@ def _experts_cuda(
 ) -> torch.Tensor:  # fmt: skip
     given = x, top_k_index, top_k_weights, gate_up_proj, down_proj
     num_experts, top_k, hidden, width = check(*given, activation, is_transposed)
+    raise_lost(x.device)
     if 0 in (len(x), hidden, width):
         return torch.zeros_like(x)
     kernel, config = chosen(x, top_k_index, gate_up_proj, down_proj, width, is_transposed, weigh_input)
@@ -224,6 +236,7 @@ def chosen(
 ) -> tuple[str, Config | None]:
     """(kernel, configuration) that was measured to be the fastest on x's device; what can run, where none was."""
     from .grouped_gemm_launch import takes
+    from .target import arrival_counters
 
     (num_tokens, top_k), (num_experts, hidden) = top_k_index.shape, (len(gate_up_proj), x.shape[1])
 
@@ -239,8 +252,9 @@ def chosen(
         return TORCH, None
     _say_untuned(x.dtype, num_experts, width, hidden)
     if not _is_capturing():
+        lost_note(x.device), arrival_counters(x.device)  # which cannot be made when the same call is captured
         return LOOP, None
-    return next(choice for choice in UNTUNED if can_run(*choice))
+    return next(choice for choice in UNTUNED[x.dtype == torch.float32] if can_run(*choice))
 
 
 def has_grouped_mm(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> bool:

@@ -17,8 +17,8 @@ a fixed order: decode in the order of experts and within one of K, its splits su
 prefill in the order of the token's choices. Source: the order of tiles is that of Triton's tutorials 03 and 08. vLLM's
 and SGLang's fused_moe pad each expert's rows on the device, which the offsets make unnecessary.
 
-A token that is given an expert that is not there gets a row of NaN, and no other row is touched. No configuration has
-met a GPU yet.
+A token that is given an expert that is not there gets a row of NaN, is noted for the host (`routing.lost_note`), and
+no other row is touched. No configuration has met a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .gemm_kernels import activate
-from .routing_kernels import experts_of
+from .routing_kernels import experts_of, note_lost
 from .target import prefetch_l2
 
 
@@ -56,10 +56,11 @@ def _add_product(acc, x, w, SWAP: tl.constexpr):
 
 @triton.jit
 def _hits(index_ptr, num_slots, num_experts, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Whether each expert is hit; how many before it are; how many are in all."""
+    """How often each expert is hit; whether it is; how many before it are; how many are in all."""
     counts = tl.histogram(experts_of(index_ptr, tl.arange(0, BLOCK_S), num_slots, num_experts), BLOCK_E)
-    is_hit = ((counts > 0) & (tl.arange(0, BLOCK_E) < num_experts)).to(tl.int32)
-    return is_hit, tl.cumsum(is_hit, axis=0) - is_hit, tl.sum(is_hit, axis=0)
+    counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, counts, 0)
+    is_hit = (counts > 0).to(tl.int32)
+    return counts, is_hit, tl.cumsum(is_hit, axis=0) - is_hit, tl.sum(is_hit, axis=0)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _sum_parts(parts, stride, SPLITS: tl.constexpr):
 
 @triton.jit
 def _decode_gate_up_kernel(
-    x_ptr, w_ptr, index_ptr, weights_ptr, h_ptr, hits_ptr, slots_ptr, parts_ptr, arrived_ptr,
+    x_ptr, w_ptr, index_ptr, weights_ptr, h_ptr, hits_ptr, slots_ptr, note_ptr, parts_ptr, arrived_ptr,
     T, WIDTH, HIDDEN, num_experts, stride_xt, stride_we, stride_wn, stride_wk,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, TRANSPOSED: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -101,8 +102,10 @@ def _decode_gate_up_kernel(
     unit, split = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(WIDTH, BLOCK_N)
     hit, tile = unit // tiles, unit % tiles
-    is_hit, place, num_hits = _hits(index_ptr, T * TOP_K, num_experts, BLOCK_S, BLOCK_E)
+    counts, is_hit, place, num_hits = _hits(index_ptr, T * TOP_K, num_experts, BLOCK_S, BLOCK_E)
     if unit + split == 0:
+        if tl.sum(counts, axis=0) < T * TOP_K:
+            note_lost(note_ptr, index_ptr, T * TOP_K, TOP_K, num_experts, BLOCK_S)
         tl.store(hits_ptr, num_hits)
         tl.store(hits_ptr + 1 + place, tl.arange(0, BLOCK_E), mask=is_hit != 0)
     if hit >= num_hits:
@@ -163,7 +166,7 @@ def _decode_down_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH:
             # What this reads may be too early and so wrong, but it is always an address within the weights.
-            is_hit, place, num_hits = _hits(index_ptr, T * TOP_K, num_experts, BLOCK_S, BLOCK_E)
+            _, is_hit, place, num_hits = _hits(index_ptr, T * TOP_K, num_experts, BLOCK_S, BLOCK_E)
             step = split * (num_hits * steps_k) // SPLITS
             expert = tl.minimum(_nth(is_hit, place, step // steps_k, BLOCK_E), num_experts - 1).to(tl.int64)
             offs = tl.minimum(step % steps_k * BLOCK_K + tl.arange(0, PREFETCH) * 64, WIDTH - 1)  # lines of 128 bytes

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing import Sorted
+from .routing import Sorted, lost_note
 from .target import has_pdl, launch_options
 
 
@@ -78,8 +78,22 @@ def experts_of(index_ptr, slot, stop, num_experts):
 
 
 @triton.jit
+def note_lost(note_ptr, index_ptr, num_slots, top_k, num_experts, CHUNK: tl.constexpr):
+    """For `lost_note`, by one program that knows that there is one: the first token whose expert does not exist."""
+    if tl.load(note_ptr, volatile=True) == 0:  # else the host has yet to read of another
+        first = tl.zeros((), tl.int32) + num_slots
+        for start in range(0, num_slots, CHUNK):
+            slot = start + tl.arange(0, CHUNK)
+            is_lost = (slot < num_slots) & (experts_of(index_ptr, slot, num_slots, num_experts) == num_experts)
+            first = tl.minimum(first, tl.min(tl.where(is_lost, slot, num_slots), axis=0))
+        tl.store(note_ptr + 2, num_experts)
+        tl.store(note_ptr + 1, tl.load(index_ptr + first).to(tl.int64))
+        tl.store(note_ptr, (first // top_k + 1).to(tl.int64))
+
+
+@triton.jit
 def _sort_kernel(
-    index_ptr, slots_ptr, offsets_ptr, num_slots, num_experts,
+    index_ptr, slots_ptr, offsets_ptr, note_ptr, num_slots, top_k, num_experts,
     BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Counting sort: each program counts all slots, so that it need not wait for others, and places BLOCK_S of them."""
@@ -87,7 +101,7 @@ def _sort_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # Slots of each expert that stand before this program's; those of column num_experts are no one's.
+    # Slots of each expert that stand before this program's; column num_experts also counts those behind the end.
     before = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, first, CHUNK):
         before += tl.histogram(experts_of(index_ptr, start + tl.arange(0, CHUNK), first, num_experts), BLOCK_E)
@@ -96,15 +110,18 @@ def _sort_kernel(
         counts += tl.histogram(experts_of(index_ptr, start + tl.arange(0, CHUNK), num_slots, num_experts), BLOCK_E)
     column = tl.arange(0, BLOCK_E)
     counts = tl.where(column < num_experts, counts, 0)
+    before = tl.where(column < num_experts, before, first - tl.sum(tl.where(column < num_experts, before, 0), axis=0))
     start_of = tl.cumsum(counts, axis=0) - counts
     if first == 0:
         tl.store(offsets_ptr + column, start_of, mask=column <= num_experts)
+        if tl.sum(counts, axis=0) < num_slots:
+            note_lost(note_ptr, index_ptr, num_slots, top_k, num_experts, CHUNK)
 
     slot = first + tl.arange(0, BLOCK_S)
     expert = experts_of(index_ptr, slot, num_slots, num_experts)
     is_earlier = (expert[None, :] == expert[:, None]) & (slot[None, :] < slot[:, None])
     place = tl.gather(start_of + before, expert, axis=0) + tl.sum(is_earlier.to(tl.int32), axis=1)
-    tl.store(slots_ptr + place, slot, mask=expert < num_experts)
+    tl.store(slots_ptr + place, slot, mask=slot < num_slots)
 
 
 def run_sort(top_k_index: torch.Tensor, num_experts: int, block_s: int = 128, chunk: int = 2048) -> Sorted:
@@ -114,7 +131,8 @@ def run_sort(top_k_index: torch.Tensor, num_experts: int, block_s: int = 128, ch
     slots = top_k_index.new_empty(num_slots, dtype=torch.int32)
     offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
     _sort_kernel[(triton.cdiv(num_slots, block_s),)](
-        top_k_index, slots, offsets, num_slots, num_experts, BLOCK_S=block_s, CHUNK=chunk,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1), PDL=has_pdl(), num_warps=8, **launch_options(),
+        top_k_index, slots, offsets, lost_note(top_k_index.device), num_slots, top_k_index.shape[1], num_experts,
+        BLOCK_S=block_s, CHUNK=chunk, BLOCK_E=triton.next_power_of_2(num_experts + 1),
+        PDL=has_pdl(), num_warps=8, **launch_options(),
     )  # fmt: skip
     return Sorted(slots, offsets)

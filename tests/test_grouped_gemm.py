@@ -13,6 +13,7 @@ from tp_runtime.kernels.grouped_gemm_configs import DECODE_T
 
 kernels = interpreted("grouped_gemm_launch")
 ours = interpreted("grouped_gemm")
+routing = interpreted("routing")
 Decode, Prefill = kernels.Decode, kernels.Prefill
 
 # Small tiles, so that each size below is several of them and a part of one.
@@ -152,6 +153,8 @@ def test_expert_that_is_not_there(name, expert):
         got = grouped_gemm.run(x, index, weights, gate_up, down, kernel="torch")
     else:
         got = run(CONFIGS[name], (x, index, weights, gate_up, down))
+        with pytest.raises(ValueError, match=f"token 3 is given expert {expert}: .* That was an earlier call on cpu"):
+            routing.raise_lost(x.device)
     others = [0, 1, 2, 4, 5, 6]
     assert got[3].isnan().all()
     assert_exact(got[others], (x[others], index[others], weights[others], gate_up, down))
@@ -259,6 +262,8 @@ class _Measured:
         (None, 4, 24, torch.float16, False, "Decode"),  # torch would wait for the device
         (None, 70, 24, torch.float16, False, "Prefill"),
         (None, 4, 23, torch.float16, False, "Decode"),
+        (None, 4, 24, torch.float32, False, "Decode"),
+        (None, 70, 24, torch.float32, False, "Prefill"),
         (None, 4, 24, torch.float16, True, "Prefill"),
         ({"kernel": "decode", "config": CONFIGS["decode-split"]}, 4, 24, torch.float16, False, "Decode"),
         ({"kernel": "decode", "config": CONFIGS["decode-split"]}, 4, 24, torch.bfloat16, True, "torch"),
@@ -280,6 +285,26 @@ def test_choice(row, num_tokens, width, dtype, weigh_input, runs, monkeypatch, c
     assert_exact(y, given, weigh_input=weigh_input)
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_a_lost_token_is_told_by_the_next_call(name, monkeypatch):
+    """Catches a wrong index that on CUDA shows as nothing but NaN, the wrong one of two told, and one told twice."""
+    config = CONFIGS[name]
+    _Measured(monkeypatch, {"kernel": name, "config": config})
+    good = x, index, weights, gate_up, down = operands(9, 4, 2, 16, 16, torch.float16)
+    want = run(config, good)
+    wrong = index.clone()
+    wrong[7, 1], wrong[6, 0], wrong[6, 1] = 5, 99, -1
+    y = ours._experts_cuda(x, wrong, weights, gate_up, down)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [6, 7]
+    later = wrong.clone()
+    later[:7] = index[:7]
+    run(config, (x, later, weights, gate_up, down))  # the host has not read yet: the first stays
+    told = "token 6 is given expert 99: there are experts 0 to 3. That was an earlier call on cpu; its row is NaN"
+    with pytest.raises(ValueError, match=told):
+        ours._experts_cuda(*good)
+    assert torch.equal(ours._experts_cuda(*good), want)
+
+
 def test_what_nobody_has_measured_is_torchs(monkeypatch):
     """Catches a kernel that runs by default, without having been compared with torch on that device."""
     measured = _Measured(monkeypatch, None, is_capturing=False)
@@ -296,6 +321,45 @@ def test_candidates_take_their_shape(m, n, k):
     assert found and all(config in ours.CANDIDATES[kernel] for kernel, config in found)
     assert not any(kernels.takes(config, x, index, gate_up, down, False) for _, config in found)
     assert len({config for _, config in found}) == len(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["decode", "prefill", "torch"])
+def test_a_lost_token_on_a_gpu(kernel):
+    """Catches a note that the device cannot write, or that a captured graph leaves out."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    given = [t.to(device) for t in operands(33, 8, 2, 256, 128, torch.bfloat16)]
+    x, index, weights, gate_up, down = given
+    if kernel == "torch" and not grouped_gemm.has_grouped_mm(x, gate_up, down):
+        pytest.skip("torch's grouped GEMM is one kernel on sm_90 and sm_100 alone")
+    config = dict(grouped_gemm.UNTUNED[False]).get(kernel)
+    good, wrong = index.clone(), index.clone()
+    wrong[21, 1], wrong[30, 0] = 99, -7
+
+    def call():
+        return grouped_gemm.run(x, index, weights, gate_up, down, kernel=kernel, config=config)
+
+    want = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+
+    def replayed():
+        graph.replay()
+        return captured
+
+    for compute in (call, replayed):
+        index.copy_(wrong)
+        y = compute()
+        torch.cuda.synchronize()
+        assert y.isnan().any(1).nonzero().flatten().tolist() == [21, 30]
+        with pytest.raises(ValueError, match=f"token 21 is given expert 99: there are .* 0 to 7. .* call on {device}"):
+            grouped_gemm.experts(*given)
+        index.copy_(good)
+        y = compute()
+        torch.cuda.synchronize()
+        grouped_gemm.raise_lost(device)
+        assert torch.equal(y, want)
 
 
 def test_op():

@@ -223,7 +223,8 @@ def test_wrong_experts_are_found(interpreted_experts, monkeypatch):
 def test_routing_kernels_interpreted():
     """Catches a router or a sort that is checked by another call than the layers make."""
     routing = interpreted("routing_kernels")
-    given = {"routers": ((8, 2),), "tokens": (1, 33), "dtypes": ("float16",)}
+    note = interpreted("routing").lost_note
+    given = {"routers": ((8, 2),), "tokens": (1, 33), "dtypes": ("float16",), "lost_note": note}
     rows = list(experts.exact_routing("cpu", routing.run_route, routing.run_sort, **given))
     assert [(row["is_ok"], row["right"]) for row in rows] == [(True, 8), (True, 6)], rows
 
@@ -231,8 +232,14 @@ def test_routing_kernels_interpreted():
         found = routing.run_sort(index, num_experts)
         return found._replace(slots=found.slots.flip(0))
 
-    _, row = experts.exact_routing("cpu", routing.run_route, unsorted, **given)
-    assert not row["is_ok"]
+    def unnoted(index, num_experts):
+        found = routing.run_sort(index, num_experts)
+        note(index.device).zero_()
+        return found
+
+    for wrong in (unsorted, unnoted):
+        _, row = experts.exact_routing("cpu", routing.run_route, wrong, **given)
+        assert not row["is_ok"]
 
 
 def test_experts_steady(monkeypatch):

@@ -134,9 +134,7 @@ def test_kernel_sorts_as_torch(num_tokens, top_k, num_experts, is_skewed):
 
 
 def _assert_same(got: routing.Sorted, want: routing.Sorted) -> None:
-    num_valid = want.offsets[-1]
-    assert torch.equal(got.offsets, want.offsets)
-    assert torch.equal(got.slots[:num_valid], want.slots[:num_valid])
+    assert torch.equal(got.offsets, want.offsets) and torch.equal(got.slots, want.slots)
     assert got.slots.dtype == got.offsets.dtype == torch.int32
 
 
@@ -146,7 +144,34 @@ def test_experts_that_do_not_exist_have_no_slots(dtype):
     index = torch.tensor([[0, 3], [-1, 2], [4, 3], [2**31 - 1, -(2**31)]], dtype=dtype)
     got = run.run_sort(index, 4, 16, 16)
     _assert_same(got, routing.sort_by_expert_ref(index, 4))
-    assert got.offsets.tolist() == [0, 1, 1, 2, 4] and got.slots[:4].tolist() == [0, 3, 1, 5]
+    with pytest.raises(ValueError, match="token 1 is given expert -1"):
+        interpreted("routing").raise_lost(index.device)
+    assert got.offsets.tolist() == [0, 1, 1, 2, 4] and got.slots.tolist() == [0, 3, 1, 5, 2, 4, 6, 7]
+
+
+def test_the_first_lost_token_is_noted():
+    """Catches the last of several told, a slot beyond the end told as one, and half of a note taken for all of it."""
+    device = torch.device("cpu")
+    host = interpreted("routing")
+    host.raise_lost(device)
+    index = torch.randint(4, (100, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    run.run_sort(index, 4, 16, 64)
+    host.raise_lost(device)
+    index[70, 0] = index[71, 2] = 2**31 - 1
+    with reversed_programs():
+        run.run_sort(index, 4, 16, 64)
+    words = host.lost_note(device)
+    assert words.tolist() == [71, 2**31 - 1, 4]
+    for late in range(3):
+        word, words[late] = words[late].item(), 0
+        host.raise_lost(device)
+        words[late] = word
+    with pytest.raises(ValueError, match="token 70 is given expert 2147483647: there are experts 0 to 3. That was an"):
+        host.raise_lost(device)
+    assert not words.any()
+    run.run_sort(torch.tensor([[-5]]), 1)
+    with pytest.raises(ValueError, match="token 0 is given expert -5: there are experts 0 to 0. That was an earlier"):
+        host.raise_lost(device)
 
 
 def test_sort_does_not_depend_on_the_order_of_programs():

@@ -11,6 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tp_runtime.kernels.routing import lost_note
 from tp_runtime.local import run_local
 from tp_runtime.sampling import Sampler, draw_in_step
 
@@ -196,6 +197,15 @@ def test_logits_that_are_not_finite_are_an_error_on_every_rank(value, shown, opt
         return "raised"
 
     assert on_shards([8, 8, 5, 0], run) == ["raised"] * 4
+
+
+def test_a_lost_token_is_named_before_the_nan_that_it_made():
+    """Catches an expert that does not exist reported as weights that are not finite, or a step too late."""
+    for value in (math.nan, 0.0):
+        lost_note(torch.device("cpu")).copy_(torch.tensor([4, 99, 8]))
+        with pytest.raises(ValueError, match="token 3 is given expert 99: there are experts 0 to 7"):
+            tokens_of([21], [torch.full((1, 21), value)])
+    tokens_of([21], [torch.zeros(1, 21)])
 
 
 def test_more_nans_than_candidates():

@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .comm import Communicator
+from .kernels.routing import raise_lost
 from .local import LocalCommunicator
 
 _DRAWS = frozenset(
@@ -104,6 +105,7 @@ class Sampler:
             B token ids, the same on every rank.
 
         Raises:
+            ValueError: a token of this step was given an expert that does not exist.
             FloatingPointError: on every rank, where a sequence's logits hold a NaN or their largest is infinite.
         """
         logits = logits_shard_v.float()
@@ -132,6 +134,7 @@ class Sampler:
         # Ids travel as float32, exact below 2^24, so that one gather serves both.
         pairs = torch.cat((values, (ids + self.start).float()), dim=-1)
         whole = self.comm.all_gather(pairs, [2 * n for n in counts]).cpu()
+        raise_lost(logits.device)  # the device has finished the step
         parts = whole.split([n for count in counts for n in (count, count)], dim=-1)
         values, ids = torch.cat(parts[::2], -1), torch.cat(parts[1::2], -1).long()
         order = values.argsort(dim=-1, descending=True, stable=True)[:, :k]

@@ -139,6 +139,7 @@ def exact_routing(
     device: str,
     run=routing_kernels.run_route,
     sort=routing_kernels.run_sort,
+    lost_note=routing.lost_note,
     routers=ROUTERS,
     tokens=(1, 33, 4096),
     dtypes=DTYPES,
@@ -158,10 +159,10 @@ def exact_routing(
         for kind, t in itertools.product(ROUTINGS, tokens):
             index = routed(Case("", num_experts, top_k, 0, 0, t, "float32", kind), device, seed=0)[0]
             index[t // 2, 0] = num_experts  # one that there is not
-            ours, torchs = (
-                lambda i, sort=sort, num_experts=num_experts: _told(sort(i, num_experts))
-                for sort in (sort, routing.sort_by_expert_ref)
-            )
+            noted = torch.tensor([t // 2 + 1, num_experts, num_experts])
+            ours = functools.partial(_sorted_and_noted, sort, lost_note, num_experts)
+            by_torch = routing.sort_by_expert_ref
+            torchs = functools.partial(_sorted_and_noted, by_torch, lambda _, noted=noted: noted.clone(), num_experts)
             forms.append(Form(f"{kind} T={t}", {"sort": ours}, torchs, (index,)))
         yield check_exact(f"sort by expert, {num_experts} experts, top {top_k}", forms, device)
 
@@ -178,9 +179,15 @@ def _routed(logits: torch.Tensor, top_k: int, scoring: str, renormalise: bool) -
     return [index, chosen.softmax(-1) if over_chosen else logits.softmax(-1).gather(1, index)]
 
 
-def _told(found: routing.Sorted) -> list[torch.Tensor]:
-    """What `Sorted` defines: offsets, and the slots of experts that there are."""
-    return [found.slots[: int(found.offsets[-1])], found.offsets]
+def _sorted_and_noted(sort, lost_note, num_experts: int, index: torch.Tensor) -> list[torch.Tensor]:
+    """Slots and offsets, and what the host is told of the first token whose expert there is not, and then forgets."""
+    found = sort(index, num_experts)
+    if index.is_cuda:
+        torch.cuda.synchronize(index.device)
+    note = lost_note(index.device)
+    told = note.clone()
+    note.zero_()
+    return [*found, told]
 
 
 def steady_cases() -> list[Case]:
