@@ -1,67 +1,72 @@
 """The all-reduce kernels among real processes: interpreted, over shared memory, whoever is late."""
 
 import random
-import tempfile
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from exactness import assert_as_exact_as
 from gloo_ranks import run_gloo
 from interpreted import interpreted
 
+import tp_runtime
 from tp_runtime.kernels import all_reduce as compiled
 
 all_reduce = interpreted("all_reduce")
+ROOT = Path(__file__).resolve().parent.parent
 HALF_BYTES = 4096
+EPS = 1e-5
 KINDS = ("one-shot", "two-shot", "rms_norm")
 
 
-def shared_peers(comm, folder: Path):
-    """Peers over files that every rank maps; returns them and the mappings, which must stay alive."""
-
-    def table(name: str, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        maps = [torch.from_file(str(folder / f"{name}{r}"), True, count, dtype=dtype) for r in range(comm.size)]
-        return torch.tensor([m.data_ptr() for m in maps]), maps
-
-    buffers, data = table("buffer", 2 * HALF_BYTES, torch.uint8)
-    signals, flags = table("signals", all_reduce.PROGRAMS * comm.size, torch.int32)
-    calls = torch.zeros(all_reduce.PROGRAMS, dtype=torch.int32)
-    return all_reduce.Peers(buffers, signals, calls, HALF_BYTES, comm.rank, comm.size), data + flags
+def buffers_of(comm, half_bytes: int = HALF_BYTES) -> list[torch.Tensor]:
+    """Shared memory for signals and two halves."""
+    return comm.peer_buffers(-(-all_reduce.PROGRAMS * comm.size * 4 // 16) * 16 + 2 * half_bytes)
 
 
 def hundreds_of_calls(comm):
     """Kinds, sizes and dtypes at random, ranks delayed at random; returns what differed from the reference."""
     all_reduce.PROGRAMS, all_reduce.BLOCK = 2, 64
-    with tempfile.TemporaryDirectory() as mine:
-        folder = Path(comm.gather_json(mine)[0])
-        peers, _alive = shared_peers(comm, folder)
-        comm.barrier()
-        late, shared = random.Random(comm.rank), random.Random(0)
-        wrong = []
-        for call in range(200):
-            kind, dtype = shared.choice(KINDS), shared.choice([torch.float32, torch.float16])
-            rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (1, 200)])
-            torch.manual_seed(call)
-            parts = [torch.randn(rows, features).to(dtype) for _ in range(comm.size)]
-            residual, weight, bias = torch.randn(rows, features).to(dtype), torch.rand(features).to(dtype), None
-            if shared.random() < 0.5:
-                bias = torch.randn(features).to(dtype)
-            if late.random() < 0.05:
-                time.sleep(late.random() * 0.01)
-            x = parts[comm.rank].clone()
-            if kind == "rms_norm":
-                z, h = all_reduce.all_reduce_rms_norm(x, residual, weight, 1e-5, peers, bias)
-                want_z, want_h = all_reduce.all_reduce_rms_norm_ref(parts, residual, weight, 1e-5, bias)
-                # The mean is summed in another order than torch's: z may be one rounding away, h may not.
-                ok = torch.equal(h, want_h) and torch.allclose(z, want_z, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-            else:
-                out = torch.full_like(x, float("nan"))
-                all_reduce.all_reduce(x, peers, kind == "two-shot", out)
-                ok = torch.equal(out, all_reduce.all_reduce_ref(parts)) and torch.equal(x, parts[comm.rank])
-            if not ok:
-                wrong.append((call, kind, str(dtype), rows, features))
-        comm.barrier()
+    buffers = buffers_of(comm)
+    peers = all_reduce.peers_over(buffers, comm.rank)
+    comm.barrier()
+    late, shared = random.Random(comm.rank), random.Random(0)
+    wrong, ours, torchs, exact = [], [], [], []
+    for call in range(200):
+        kind, dtype = shared.choice(KINDS), shared.choice([torch.float32, torch.float16])
+        rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (1, 200)])
+        torch.manual_seed(call)
+        parts = [torch.randn(rows, features).to(dtype) for _ in range(comm.size)]
+        residual, weight, bias = torch.randn(rows, features).to(dtype), torch.rand(features).to(dtype), None
+        if shared.random() < 0.5:
+            bias = torch.randn(features).to(dtype)
+        if late.random() < 0.05:
+            time.sleep(late.random() * 0.01)
+        x = parts[comm.rank].clone()
+        if kind == "rms_norm":
+            z, h = all_reduce.all_reduce_rms_norm(x, residual, weight, EPS, peers, bias)
+            want_z, want_h = all_reduce.all_reduce_rms_norm_ref(parts, residual, weight, EPS, bias)
+            ok = torch.equal(h, want_h)
+            wide = want_h.double()
+            ours.append((dtype, z))
+            torchs.append(torch.rms_norm(want_h, weight.shape, weight, EPS))
+            exact.append(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight.double())
+        else:
+            out = torch.full_like(x, float("nan"))
+            all_reduce.all_reduce(x, peers, kind == "two-shot", out)
+            ok = torch.equal(out, all_reduce.all_reduce_ref(parts)) and torch.equal(x, parts[comm.rank])
+        if not ok:
+            wrong.append((call, kind, str(dtype), rows, features))
+    comm.barrier()
+    for dtype in (torch.float32, torch.float16):  # of all calls together: of few elements torch may have none wrong
+        chosen = [i for i, (of, _) in enumerate(ours) if of == dtype]
+        z, torch_z, want = (
+            torch.cat([values[i].flatten() for i in chosen]) for values in ([z for _, z in ours], torchs, exact)
+        )
+        assert_as_exact_as(z, torch_z, want)
     return wrong, int(peers.calls.min()), int(peers.calls.max())
 
 
@@ -102,6 +107,34 @@ def test_in_place_and_empty():
     assert all_reduce.all_reduce(x[:0], peers).shape == (0, 45) and int(peers.calls[0]) == 1
     z, h = all_reduce.all_reduce_rms_norm(x[:0], x[:0], torch.ones(45), 1e-5, peers)
     assert z.shape == h.shape == (0, 45)
+
+
+def reduced(comm):
+    """What the kernels make of local ranks' buffers, one rank after the other, all of them having arrived."""
+    x = torch.full((70,), 1.0 + comm.rank)
+    buffers = buffers_of(comm)
+    peers = all_reduce.peers_over(buffers, comm.rank)
+    signal_bytes = buffers[0].numel() - 2 * HALF_BYTES
+    assert peers.half_bytes == HALF_BYTES and all(int(buffer.sum()) == 0 for buffer in buffers)
+    comm.barrier()
+    buffers[comm.rank][:signal_bytes].view(torch.int32).fill_(2**30)
+    buffers[comm.rank][signal_bytes:].view(torch.float32)[:70] = x
+    for rank in range(comm.size):  # the interpreter's switches are the process's: one thread at a time
+        comm.barrier()
+        if rank == comm.rank:
+            all_reduce.all_reduce(x, peers, out=x)
+    return x.unique().tolist()
+
+
+def test_local_ranks_have_buffers():
+    """Catches memory that another rank cannot reach, or whose halves and signals overlap."""
+    assert tp_runtime.run_local(reduced, 3) == [[6.0]] * 3
+
+
+def test_op_needs_no_triton():
+    """Catches a CPU path that pays for importing Triton."""
+    program = "import sys, tp_runtime.kernels.all_reduce; print('triton' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "False\n"
 
 
 def test_bad_input():

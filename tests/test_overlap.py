@@ -1,18 +1,37 @@
 """Every schedule gives the sequential result; the choice between them is measured, once, and the same on every rank."""
 
+import itertools
+
 import pytest
 import torch
+import torch.distributed as dist
 from gloo_ranks import run_gloo
 from tiny_models import TOLERANCE, answers, one_thread, prompt, reference  # noqa: F401
 
 import tp_runtime
 from tp_runtime import overlap as overlap_module
-from tp_runtime.comm import NullCommunicator
+from tp_runtime.comm import communicator
+from tp_runtime.communicator import NullCommunicator
 from tp_runtime.config import RuntimeConfig
-from tp_runtime.overlap import SEQUENTIAL, Measured, Overlap, Schedule, row_parallel, run
+from tp_runtime.overlap import (
+    ONE_SHOT,
+    SEQUENTIAL,
+    Measured,
+    Overlap,
+    Schedule,
+    all_reduce,
+    hidden_share,
+    row_parallel,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(1, 64, 32), (33, 70, 45), (7, 3, 8), (0, 64, 32), (5, 64, 0)]  # M, N, K of one rank
+LARGE = (301, 513, 64)  # above what shared memory takes at once
+SCHEDULES = [*map(Schedule, (1, 2, 3, 4)), ONE_SHOT]
+GROUPS = (2, 3, 4, 8)
+MODELS = ("llama-12/4", "mixtral-14/2")
+MODES = ("off", "columns", "lanes", "one-shot")
 
 
 def operands(rank: int, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,65 +40,107 @@ def operands(rank: int, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[tor
     return tuple(torch.randint(-1, 2, (rows, k), generator=generator).to(dtype) for rows in (m, n))
 
 
-def differences(comm) -> list[tuple]:
+def differences(comm, shapes=(*SHAPES, LARGE)) -> list[tuple]:
     """Shapes and schedules whose result is not the sum of all ranks' products."""
     torch.set_num_threads(1)
     wrong = []
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            x, w = operands(comm.rank, *shape, dtype)
-            products = [a.double() @ b.double().T for a, b in (operands(r, *shape, dtype) for r in range(comm.size))]
-            want = sum(products).to(dtype)
-            for blocks in (1, 2, 3, 4):
-                got = run(x, w, comm, Schedule(blocks))
-                if got.shape != want.shape or not torch.equal(got, want):
-                    wrong.append((shape, dtype, blocks))
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        x, w = operands(comm.rank, *shape, dtype)
+        products = [a.float() @ b.float().T for a, b in (operands(r, *shape, dtype) for r in range(comm.size))]
+        want = sum(products).to(dtype)
+        for schedule in SCHEDULES:
+            got = run(x, w, comm, schedule)
+            if got.shape != want.shape or not torch.equal(got, want):
+                wrong.append((shape, dtype, str(schedule)))
     return wrong
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
-def test_column_blocks_give_the_same_bits_in_threads(tp_size):
+def unlike(comm, modes=MODES) -> list[tuple]:
+    """Models and modes whose logits, or at few ranks greedy text, are not the unsharded model's; one-shot's logits have
+    to have the bits of the sequential ones."""
+    wrong = []
+    for name in MODELS:
+        whole, of_mode = reference(name), {}
+        for mode in modes:
+            model = whole.copy()
+            tp_runtime.patch(model, comm, config=RuntimeConfig(overlap=mode))
+            with torch.no_grad():
+                logits = of_mode[mode] = model(prompt()).logits
+            if (logits - whole.logits).abs().max() > TOLERANCE:
+                wrong.append((name, mode))
+            if comm.size <= 3:
+                tokens = model.generate(prompt(), max_new_tokens=4, do_sample=False)
+                wrong += [] if torch.equal(tokens, whole.tokens) else [(name, mode, "text")]
+        if not torch.equal(of_mode["off"], of_mode["one-shot"]):
+            wrong.append((name, "other bits"))
+    return wrong
+
+
+@pytest.mark.parametrize("tp_size", [1, *GROUPS])
+def test_schedules_give_the_same_bits_in_threads(tp_size):
     """Catches a block that is lost, doubled or in the wrong place."""
-    assert tp_runtime.run_local(differences, tp_size) == [[]] * tp_size
+    assert tp_runtime.run_local(differences, tp_size, SHAPES) == [[]] * tp_size
 
 
-def in_processes(comm) -> dict:
-    """Blocks small and large (gloo's own, asynchronous), a model under each mode, and what the choice came to."""
+@pytest.mark.parametrize("tp_size", [1, *GROUPS])
+def test_models_say_the_same_in_threads(tp_size, monkeypatch):
+    """Catches a layer that a schedule leaves out, dense or with experts."""
+    monkeypatch.setattr(overlap_module, "MIN_CUT_BYTES", 0)
+    assert tp_runtime.run_local(unlike, tp_size) == [[]] * tp_size
+
+
+def in_groups(comm) -> dict:
+    """Of each size a group: blocks small and large (gloo's own, asynchronous; one-shot, in pieces), and models."""
     overlap_module.MIN_CUT_BYTES = 0
-    got = {"differences": differences(comm)}
-    x, w = operands(comm.rank, 300, 513, 64, torch.float32)  # above what shared memory takes
-    want = run(x, w, comm, SEQUENTIAL)
-    got["large"] = [torch.equal(run(x, w, comm, Schedule(blocks)), want) for blocks in (2, 3)]
-    for mode in ("columns", "lanes", "auto"):
-        model = reference("llama-12/4").copy()
-        tp_runtime.patch(model, comm, config=RuntimeConfig(overlap=mode))
-        got[mode] = answers(model, prompt())
-        got["measured", mode] = dict(model._tp_runtime.overlap.measured)
-    return got
+    wrong = {}
+    for size in GROUPS:
+        group = dist.new_group(list(range(size)))
+        if comm.rank < size:
+            ours = communicator(group)
+            wrong[size] = differences(ours) + unlike(ours)
+    return wrong
 
 
-def test_processes_give_the_sequential_result():
-    """Catches a block that is read before its sum has come, and ranks that choose different schedules and hang."""
-    whole = reference("llama-12/4")
-    ranks = run_gloo(in_processes, 3)
+def test_schedules_and_models_in_processes():
+    """Catches a block or a piece that is read before its sum has come."""
+    for rank, wrong in enumerate(run_gloo(in_groups, max(GROUPS))):
+        assert wrong == {size: [] for size in GROUPS if rank < size}
+
+
+def choosing(comm) -> dict:
+    """A model that measures, and a sum as large as many tokens' experts have; what the choices came to."""
+    overlap_module.MIN_CUT_BYTES = 0
+    model = reference("llama-12/4").copy()
+    tp_runtime.patch(model, comm)
+    overlap = model._tp_runtime.overlap
+    got = {"said": answers(model, prompt())}
+    got["sum"] = all_reduce(torch.full((301, 257), 1.0 + comm.rank), overlap).unique().tolist()
+    return {**got, "measured": dict(overlap.measured), "chosen": overlap.report()["chosen"]}
+
+
+def test_processes_choose_alike():
+    """Catches ranks that choose different schedules and hang, and a sum of experts that is not chosen for."""
+    whole, ranks = reference("llama-12/4"), run_gloo(choosing, 3)
     for rank in ranks:
-        assert rank["differences"] == []
-        assert rank["large"] == [True, True]
-        for mode in ("columns", "lanes", "auto"):
-            logits, tokens = rank[mode]
-            assert (logits - whole.logits).abs().max() <= TOLERANCE and torch.equal(tokens, whole.tokens)
-        assert rank["measured", "auto"] == ranks[0]["measured", "auto"] != {}
-        assert rank["measured", "columns"] == rank["measured", "lanes"] == {}
+        logits, tokens = rank["said"]
+        assert (logits - whole.logits).abs().max() <= TOLERANCE and torch.equal(tokens, whole.tokens)
+        assert rank["sum"] == [6.0]
+        assert rank["measured"] == ranks[0]["measured"] and rank["chosen"] == ranks[0]["chosen"]
+    of_sum = next(m for size, m in ranks[0]["measured"].items() if not size.in_features)
+    assert list(of_sum.schedule_s) == [SEQUENTIAL, ONE_SHOT]
+    assert len(ranks[0]["chosen"]) == len(ranks[0]["measured"]) > 1
 
 
 class Clock(Overlap):
     """Says that runs took the given times, and how often it was asked."""
 
-    def __init__(self, *seconds: float):
-        super().__init__(NullCommunicator(0, 2))
+    def __init__(self, *seconds: float, one_shot_above: int | None = None):
+        comm = NullCommunicator(0, 2)
+        comm.one_shot_above = one_shot_above
+        super().__init__(comm)
         self.seconds, self.asked = seconds, 0
 
-    def slowest_s(self, runs):
+    def slowest_s(self, runs, repeats=1):
         self.asked += 1
         assert len(runs) == len(self.seconds)
         return [[s] * 3 for s in self.seconds]
@@ -110,10 +171,30 @@ def test_a_schedule_that_loses_a_round_is_not_taken():
     assert Measured([0], {**times, four: [4, 5, 4]}).fastest() == SEQUENTIAL
 
 
+def test_one_shot_is_a_choice_where_it_is_another_way():
+    """Catches a measurement of two ways that are one, and messages of a decode step that are never asked about."""
+    y, w, x = torch.empty(8, 512), torch.empty(512, 8), torch.empty(8, 8)
+    assert Clock(one_shot_above=y.nbytes).schedule(x, w, 16) is SEQUENTIAL
+    assert Clock(1, 3, 2, one_shot_above=0).schedule(x, w, 16) is ONE_SHOT
+    assert Clock(1, 2, 3, one_shot_above=0).schedule(x, w, 16) is SEQUENTIAL
+    of_experts = Clock(0, 3, 2, one_shot_above=0)
+    assert [of_experts.sum_schedule(y) for _ in range(2)] == [ONE_SHOT] * 2 and of_experts.asked == 1
+    assert of_experts.sum_schedule(torch.empty(64, 512)) is ONE_SHOT and of_experts.asked == 2
+    large = Clock(1, 9, 8, 7, 6, one_shot_above=0)
+    assert large.schedule(torch.empty(4096, 8), w, 16) is ONE_SHOT
+    assert (large.smallest_choice(), Clock().smallest_choice()) == (1, overlap_module.MIN_CUT_BYTES)
+
+
+def test_hidden_share_by_hand():
+    """Catches a share of the whole time instead of the communication's, and a division by none of it."""
+    assert hidden_share([1], [5], [3]) == 0.5 and hidden_share([1], [5], [5]) == hidden_share([5], [5], [5]) == 0
+    assert hidden_share([1], [5], [7]) == -0.5  # a forced schedule may cost more than it hides
+
+
 def test_a_forced_schedule_is_not_measured():
     """Catches a mode that is ignored."""
     x, w = torch.empty(4096, 8), torch.empty(512, 8)
-    for mode, want in {"off": SEQUENTIAL, "lanes": SEQUENTIAL, "columns": Schedule(4)}.items():
+    for mode, want in {"off": SEQUENTIAL, "lanes": SEQUENTIAL, "columns": Schedule(4), "one-shot": ONE_SHOT}.items():
         clock = Clock()
         clock.mode = mode
         assert clock.schedule(x, w, 16) == want and clock.asked == 0
@@ -124,7 +205,7 @@ def test_the_slowest_ranks_clock_decides():
 
     def measure(comm):
         overlap = Overlap(comm)
-        overlap._seconds = lambda run: float(run())
+        overlap._seconds = lambda run, repeats: float(run())
         return overlap.slowest_s([lambda: 1 + comm.rank, lambda: 5 - comm.rank])
 
     assert tp_runtime.run_local(measure, 3) == [[[3.0] * 5, [5.0] * 5]] * 3

@@ -69,11 +69,11 @@ def test_a_peer_that_is_gone_ends_the_wait():
 
 def test_ranks_on_two_machines_use_their_group(monkeypatch):
     """Catches shared memory between ranks that do not share any."""
-    everyone = {"place": "here", "pid": os.getpid(), "name": "/dev/shm/x"}
-    elsewhere = {"place": "there", "pid": 1, "name": ""}
-    monkeypatch.setattr(peer_memory, "_place", lambda: "here")
+    everyone = {"place": "here", "name": "/dev/shm/x"}
+    elsewhere = {"place": "there", "name": ""}
+    monkeypatch.setattr(peer_memory, "place", lambda: "here")
     replies = iter([[everyone, elsewhere], [False, False]])
-    assert peer_memory.open_peer_memory(1, 2, lambda value: next(replies), 1.0) is None
+    assert peer_memory.open_shared_memory(1, 2, 4096, lambda value: next(replies)) is None
 
 
 def test_nothing_is_left_in_dev_shm():

@@ -1,6 +1,6 @@
 """Groups of ranks and what they say to each other. The only file that talks to torch.distributed.
 
-One interface, three kinds:
+One interface, communicator.py; three kinds:
 
     TorchCommunicator   ranks are processes; NCCL on GPUs; on CPUs gloo, and shared memory for small messages
     LocalCommunicator   ranks are threads of this process; in local.py
@@ -14,163 +14,33 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import resource
+import functools
+import logging
+import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.compiler import is_dynamo_compiling
 
 from . import collective_ops
+from .communicator import HALF, Communicator, Handle, NullCommunicator, label
 from .heartbeat import Heartbeat
-from .peer_memory import SLOT_BYTES, PeerMemory, open_peer_memory
+from .peer_memory import (
+    BUFFER_BYTES,
+    SLOT_BYTES,
+    PeerKernels,
+    PeerMemory,
+    open_shared_memory,
+    orders_stores,
+    place,
+)
 
+_log = logging.getLogger("tp_runtime")
 
-class Handle:
-    """A collective that has been started."""
-
-    def __init__(self, wait: Callable[[], object] = lambda: None):
-        self.wait = wait
-
-
-class Communicator(ABC):
-    """`rank` of `size`, tensors on `device`. Every rank calls the collectives in the same order, or nobody returns.
-
-    A kind whose ranks really meet leaves `all_reduce` and `all_gather` to `collective_ops` while dynamo traces them.
-    """
-
-    def __init__(self, rank: int, size: int, device: torch.device, heartbeat: Heartbeat | None = None):
-        self.rank, self.size, self.device = rank, size, device
-        self.heartbeat = heartbeat or Heartbeat.unwatched()
-        self.collective_s: float | None = None  # host seconds in collectives; None where they are not waited for
-        self.number = collective_ops.enter(self)
-
-    @abstractmethod
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; returns `x`. Same bits on every rank."""
-
-    def all_reduce_async(self, x: torch.Tensor) -> Handle:
-        """Starts `all_reduce(x)`. `x` is the sum once the handle's `wait` has returned; until then leave it alone.
-
-        On a GPU the current stream waits, not the host. A communicator that cannot do two things at once has finished
-        when this returns.
-        """
-        self.all_reduce(x)
-        return Handle()
-
-    @abstractmethod
-    def all_gather(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Concatenation over ranks along the last dimension.
-
-        Args:
-            x: [..., lengths[rank]]
-            lengths: the last dimension of each rank's part; 0 is allowed.
-
-        Returns:
-            [..., sum(lengths)], the same bits on every rank.
-        """
-
-    @abstractmethod
-    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """Rank `source`'s values, in place; returns `x`."""
-
-    def barrier(self) -> None:
-        """Returns when every rank has called it."""
-        self.all_reduce(torch.zeros(1, device=self.device))
-
-    def reset_clock(self) -> None:
-        """Starts `collective_s`, where it is measured, and the peak of device memory anew."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_memory_bytes(self) -> int:
-        """Device memory allocated at the peak; on the CPU the process's resident memory, shared pages included."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def device_name(self) -> str:
-        """The GPU's name; `cpu`."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-
-    def gather_json(self, value) -> list:
-        """Every rank's JSON-able value, in rank order, on every rank."""
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([data.numel()], dtype=torch.int64, device=self.device)
-        lengths = self.all_gather(length, [1] * self.size).tolist()
-        text = self.all_gather(data, lengths).cpu().numpy().tobytes()
-        ends = [sum(lengths[: r + 1]) for r in range(self.size)]
-        return [json.loads(text[end - n : end]) for n, end in zip(lengths, ends, strict=True)]
-
-    def check_agreement(self, fields: Mapping[str, object]) -> None:
-        """Proves that all ranks were given the same values.
-
-        Args:
-            fields: what must agree, JSON-able, by the name that an error shows. Long values are compared by digest.
-
-        Raises:
-            ValueError: on every rank, naming the fields that differ (of many, the first), the ranks and their values.
-        """
-        if self.size == 1:
-            return
-        everyone = self.gather_json({name: _short(value) for name, value in fields.items()})
-        problems = []
-        for name in dict.fromkeys(name for mine in everyone for name in mine):
-            ranks_of: dict[str, list[str]] = {}
-            for rank, mine in enumerate(everyone):
-                ranks_of.setdefault(mine.get(name, "nothing"), []).append(str(rank))
-            if len(ranks_of) > 1:
-                views = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)}: {v}" for v, r in ranks_of.items())
-                problems.append(f"{name} ({views})")
-        if len(problems) > 5:
-            problems[4:] = [f"{len(problems) - 4} more"]
-        if problems:
-            raise ValueError("ranks disagree on " + " and on ".join(problems) + "; every rank must be given the same")
-
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum as every rank computes it for itself: of half-precision parts in float32."""
-    dtype = parts[0].dtype
-    total = parts[0].to(torch.float32 if dtype in _HALF else dtype, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-def _short(value) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else f"{text[:40]}... (sha256 {sha256(text.encode()).hexdigest()[:12]})"
-
-
-class NullCommunicator(Communicator):
-    """Does nothing. As rank 0 of 1 that is right; as one of many it leaves this rank's partial results, for timing."""
-
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu"):
-        super().__init__(rank, size, torch.device(device))
-
-    def all_reduce(self, x):
-        return x
-
-    def all_gather(self, x, lengths):
-        if self.size == 1:
-            return x
-        out = x.new_zeros(*x.shape[:-1], sum(lengths))
-        first = sum(lengths[: self.rank])
-        out[..., first : first + lengths[self.rank]] = x
-        return out
-
-    def broadcast(self, x, source=0):
-        return x
-
-    def gather_json(self, value):
-        return [value] * self.size
+_RENDEZVOUS_S = 30  # for ranks to exchange handles of their memory: milliseconds where none of them fails alone
 
 
 class TorchCommunicator(Communicator):
@@ -178,7 +48,7 @@ class TorchCommunicator(Communicator):
 
     The group's own methods are called, not the functions of torch.distributed around them: those cost several
     microseconds of host time a call, twice a layer. CPU ranks of one machine exchange messages of up to 256 KiB, all of
-    a decode step's, through shared memory.
+    a decode step's, through shared memory, and through it say of larger ones what they are about to do.
     """
 
     def __init__(
@@ -194,8 +64,15 @@ class TorchCommunicator(Communicator):
             device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
         super().__init__(self.group.rank(), self.group.size(), torch.device(device), heartbeat)
         self._peers: PeerMemory | None = None
+        self._kernels: PeerKernels | None = None
+        self._has_tried_kernels = False
+        self._seen: set[bytes] | None = None  # labels that all ranks agreed on; None while they do
         if self.device.type == "cpu" and self.size > 1:
-            self._peers = open_peer_memory(self.rank, self.size, self.gather_json, timeout_s)
+            pids = self.gather_json(os.getpid() if orders_stores() else 0)
+            if all(pids) and (buffers := self.peer_buffers(BUFFER_BYTES)):
+                self._peers = PeerMemory(buffers, self.rank, pids, timeout_s)
+                self.one_shot_above = SLOT_BYTES
+        self._seen = set()
 
     def reset_clock(self):
         super().reset_clock()
@@ -205,8 +82,7 @@ class TorchCommunicator(Communicator):
         if is_dynamo_compiling():
             return collective_ops.all_reduce(x, self.number)
         if (peers := self._peers) and x.nbytes <= SLOT_BYTES:
-            parts = self._timed("all_reduce", lambda: peers.exchange(x, [x.shape] * self.size))
-            return x.copy_(sum_in_rank_order(parts))
+            return self._through(peers, x)
         self._start_all_reduce(x).wait()
         return x
 
@@ -215,14 +91,28 @@ class TorchCommunicator(Communicator):
             return super().all_reduce_async(x)
         return self._start_all_reduce(x)
 
+    def all_reduce_one_shot(self, x):
+        if peers := self._peers:
+            return self._through(peers, x)
+        if (kernels := self._kernels) is None or not kernels.takes(x):
+            return self.all_reduce(x)
+        self._announce("one-shot all_reduce", x)()
+        return self._timed("all_reduce", lambda: kernels.all_reduce(x))
+
+    def _through(self, peers: PeerMemory, x: torch.Tensor) -> torch.Tensor:
+        what = label("all_reduce", x.dtype, x.shape)
+        return self._timed("all_reduce", lambda: peers.all_reduce(x, what))
+
     def _start_all_reduce(self, x: torch.Tensor) -> Handle:
+        meet = self._announce("all_reduce", x)
         if not x.numel():
-            return Handle()
+            return Handle(meet)
         # gloo rounds after each addition; of two ranks there is but one.
-        wide = x.float() if x.dtype in _HALF and self.size > 2 and self.device.type == "cpu" else x
+        wide = x.float() if x.dtype in HALF and self.size > 2 and self.device.type == "cpu" else x
         work = self.group.allreduce([wide])
 
         def wait():
+            meet()
             self._timed("all_reduce", work.wait)
             if wide is not x:
                 x.copy_(wide)
@@ -237,7 +127,9 @@ class TorchCommunicator(Communicator):
         longest, rows = max(lengths), x.shape[:-1].numel()
         if (peers := self._peers) and rows * longest * x.itemsize <= SLOT_BYTES:
             shapes = [(*x.shape[:-1], length) for length in lengths]
-            return torch.cat(self._timed("all_gather", lambda: peers.exchange(x, shapes)), dim=-1)
+            what = label("all_gather", x.dtype, x.shape[:-1], tuple(lengths))
+            return torch.cat(self._timed("all_gather", lambda: peers.exchange(what, x, shapes)), dim=-1)
+        self._announce("all_gather", x[..., :0], tuple(lengths))()
         part = x.reshape(rows, lengths[self.rank])
         if lengths[self.rank] != longest:  # the group gathers equal parts only
             part = torch.nn.functional.pad(part, (0, longest - lengths[self.rank]))
@@ -248,10 +140,27 @@ class TorchCommunicator(Communicator):
         return whole.reshape(*x.shape[:-1], whole.shape[1])
 
     def broadcast(self, x, source=0):
+        self._announce("broadcast", x, f"from rank {source}")()
         options = dist.BroadcastOptions()
         options.rootRank = source
         self._timed("broadcast", lambda: self.group.broadcast([x], options).wait())
         return x
+
+    def _announce(self, op: str, x: torch.Tensor, detail: str | tuple[int, ...] = "") -> Callable[[], object]:
+        """Says what this rank is about to do. What comes back is called before its end is waited for: it raises where
+        other ranks do something else. Without shared memory that is found at the first call of a kind and size."""
+        what = label(op, x.dtype, x.shape, detail)
+        if self._peers:
+            return functools.partial(self._peers.meet, self._peers.post(what))
+        if (seen := self._seen) is not None and what not in seen and self.size > 1:
+            if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                self._seen = None  # the ranks gather by collectives themselves
+                try:
+                    self.check_agreement({"collective": what.decode()})
+                finally:
+                    self._seen = seen
+            seen.add(what)
+        return _nothing
 
     def _timed(self, name: str, collective: Callable):
         """The collective's result, its end awaited on the CPU, only its place in the stream on a GPU."""
@@ -262,6 +171,94 @@ class TorchCommunicator(Communicator):
         result = collective()
         self.collective_s += time.perf_counter() - began
         return result
+
+    def open_one_shot(self):
+        if self.device.type != "cuda" or self.size == 1 or self._has_tried_kernels:
+            return
+        self._has_tried_kernels = True
+        if buffers := self.peer_buffers(PeerKernels.BUFFER_BYTES):
+            self._kernels = PeerKernels(buffers, self.rank)
+            self.one_shot_above = 0
+            self.barrier()  # all ranks' memory is zero, and mapped by all
+
+    def peer_buffers(self, num_bytes):
+        if self.size == 1:
+            return super().peer_buffers(num_bytes)
+        if self.device.type != "cpu":
+            return self._symmetric_memory(num_bytes)
+        memory = open_shared_memory(self.rank, self.size, self.size * num_bytes, self.gather_json)
+        if memory is None:
+            self._say(
+                "the ranks share no memory: they are on several machines, or /dev/shm is full; the group sums all"
+            )
+            return None
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        return list(whole.split(num_bytes))
+
+    def _symmetric_memory(self, num_bytes: int) -> list[torch.Tensor] | None:
+        """Memory of every rank's GPU. Each step is taken by all ranks or by none: a rank that failed alone would leave
+        the others waiting in the next."""
+        made: Any = None
+        for step in (_reach, _allocate, _rendezvous):
+            why = ""
+            try:
+                made = step(self, num_bytes, made)
+            except (RuntimeError, OSError) as error:
+                why = str(error).partition("\n")[0] or type(error).__name__
+            if failed := [f"rank {rank}: {text}" for rank, text in enumerate(self.gather_json(why)) if text]:
+                self._say(f"no GPU reads another's memory ({failed[0]}); NCCL sums all")
+                return None
+        return made
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            _log.warning(line)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _reach(comm: TorchCommunicator, num_bytes: int, made: None) -> None:
+    """RuntimeError where two ranks are on different machines, or their GPUs are known to have no access."""
+    properties = torch.cuda.get_device_properties
+    everyone = comm.gather_json({"place": place(), "gpu": str(properties(comm.device).uuid)})
+    visible = {str(properties(index).uuid): index for index in range(torch.cuda.device_count())}
+    mine = everyone[comm.rank]
+    for rank, other in enumerate(everyone):
+        if not mine["place"] or other["place"] != mine["place"]:
+            raise RuntimeError(f"it and rank {rank} are not known to be on one machine")
+        index = visible.get(other["gpu"])
+        if index is not None and other["gpu"] != mine["gpu"]:
+            if not torch.cuda.can_device_access_peer(comm.device, index):
+                raise RuntimeError(f"{comm.device} has no access to cuda:{index} of rank {rank}")
+
+
+def _allocate(comm: TorchCommunicator, num_bytes: int, made: None) -> torch.Tensor:
+    """This rank's part."""
+    from torch.distributed import _symmetric_memory  # private, as is its API: named here and below, and nowhere else
+
+    return _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=comm.device)
+
+
+def _rendezvous(comm: TorchCommunicator, num_bytes: int, part: torch.Tensor) -> list[torch.Tensor]:
+    """All ranks' parts, this rank's zeroed. A rank that fails here alone lets the others wait for _RENDEZVOUS_S."""
+    from torch.distributed import _symmetric_memory
+
+    part.zero_()
+    torch.cuda.synchronize(comm.device)
+    store = comm.group.get_group_store()
+    usual = store.timeout
+    store.set_timeout(datetime.timedelta(seconds=_RENDEZVOUS_S))
+    try:
+        handle = _symmetric_memory.rendezvous(part, comm.group)
+    finally:
+        store.set_timeout(usual)
+    if handle is None:
+        raise RuntimeError("torch knows no symmetric memory here")
+    return [
+        part if r == comm.rank else handle.get_remote_tensor(r, (num_bytes,), torch.uint8) for r in range(comm.size)
+    ]
 
 
 def communicator(group=None) -> Communicator:

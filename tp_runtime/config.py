@@ -56,7 +56,7 @@ class RuntimeConfig:
     overlap: str = _option(
         "auto",
         "hide the all-reduces of a prefill behind its compute; auto: what is measured to be the fastest",
-        choices=("auto", "off", "columns", "lanes"),
+        choices=("auto", "off", "columns", "lanes", "one-shot"),
     )
     timeout_s: float = _option(300.0, "give up when a rank makes no progress for S seconds", "timeout", metavar="S")
     revision: str | None = _option(None, "branch, tag or commit of a Hub id", metavar="REV")

@@ -28,6 +28,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from transformers import DynamicCache
 
+from .communicator import NullCommunicator
 from .overlap import Overlap, wins
 
 
@@ -126,7 +127,7 @@ def in_lanes(model: nn.Module, overlap: Overlap) -> Callable:
     names = list(inspect.signature(forward).parameters)
 
     def laned_forward(*args, **kwargs):
-        if overlap.mode in ("off", "columns") or overlap.comm.size == 1 or is_dynamo_compiling():
+        if overlap.mode not in ("auto", "lanes") or overlap.comm.size == 1 or is_dynamo_compiling():
             return forward(*args, **kwargs)
         kwargs.update(zip(names, args))
         if (halves := _halves(model.config, kwargs)) is None or not _pays(model, forward, halves, overlap):
@@ -185,12 +186,13 @@ def _pays(model: nn.Module, forward: Callable, halves: tuple[dict, dict], overla
         if first["past_key_values"].get_seq_length() or overlap.is_capturing():
             return False
         overlap.lanes_s[key] = _measure(model, forward, halves, overlap)
-    sequential_s, lanes_s = overlap.lanes_s[key]
-    return wins(lanes_s, sequential_s)
+    whole_s, lanes_s, _ = overlap.lanes_s[key]
+    return wins(lanes_s, whole_s)
 
 
 def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], overlap: Overlap) -> list[list[float]]:
-    """Seconds of the first layers, one value a round: of one pass over all tokens, and of two lanes."""
+    """Seconds of the first layers, one value a round: of one pass over all tokens, of two lanes, and of one pass whose
+    layers communicate nothing."""
 
     def fresh(lane: dict, cache: DynamicCache) -> dict:
         return dict(lane, past_key_values=cache)
@@ -203,9 +205,16 @@ def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], ove
         cache = DynamicCache(config=model.config)
         _run(forward, (fresh(halves[0], cache), fresh(halves[1], cache)), overlap)
 
+    def silent():
+        live, overlap.comm = overlap.comm, NullCommunicator(overlap.comm.rank, overlap.comm.size, overlap.comm.device)
+        try:
+            whole()
+        finally:
+            overlap.comm = live
+
     layers = model.layers
     model.layers = layers[:_MEASURED_LAYERS]
     try:
-        return overlap.slowest_s([whole, laned])
+        return overlap.slowest_s([whole, laned, silent])
     finally:
         model.layers = layers

@@ -100,7 +100,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.overlap, self.in_features = overlap, in_features
         self.in_features_local, self.out_features = in_features_local, out_features
-        self._few = few_elements(in_features_local, out_features, like.itemsize)
+        self._few = few_elements(overlap, in_features_local, out_features, like.itemsize)
         self.weight = _parameter(out_features, in_features_local, like=like)
         self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 

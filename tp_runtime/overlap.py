@@ -12,6 +12,9 @@ The program, whatever the schedule:
     columns      compute   [ gemm 0 ][ gemm 1 ]        [ next                   block j holds columns of y, rows of w:
                  comm                [ reduce 0 ][ reduce 1 ]                     each weight is still read once
 
+    one-shot     compute   [ gemm            ][ read all, sum ][ next            no cut, and less of what a collective
+                                                                                 costs whatever its size
+
     lanes        compute   [ A: gemm ][ B: ... gemm ][ A: next ... gemm ][ B:    two halves of the tokens, through all
                  comm                 [ reduce A ]   [ reduce B ]                 layers: see lanes.py
 
@@ -19,7 +22,8 @@ The compute stream is the current one. The other is the communicator's own: `all
 compute stream, and the handle's `wait` lets the compute stream wait for it; on a GPU the host waits for neither. A
 block lives until its handle has been waited for.
 
-Which schedule is the fastest is measured once for each size of GEMM, on the live group, by the slowest rank's clock.
+Which schedule is the fastest is measured once for each size of GEMM, on the live group, by the slowest rank's clock;
+for a sum without a GEMM of its own, that of experts, once for each size of message.
 """
 
 from __future__ import annotations
@@ -28,30 +32,48 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from .comm import Communicator
+from .communicator import Communicator
 from .kernels.gemm import gemm
 
 # Below, a collective is bound by latency, and two of half the size take twice as long (NCCL: 7 to 18 us a call).
 MIN_CUT_BYTES = 1 << 20
 _COLUMN_BLOCKS = (2, 4)
 _ROUNDS = 5
+_MAX_REPEATS = 20  # of a short run in one measurement
 
 
 class Schedule(NamedTuple):
-    """One way to run a row-parallel GEMM: its output in `blocks` blocks of columns."""
+    """One way to run a row-parallel GEMM: its output in `blocks` blocks of columns, or whole and by a one-shot sum."""
 
     blocks: int = 1
+    is_one_shot: bool = False
 
     def __str__(self) -> str:
-        return "sequential" if self.blocks == 1 else f"{self.blocks} column blocks"
+        return "one-shot" if self.is_one_shot else "sequential" if self.blocks == 1 else f"{self.blocks} column blocks"
 
 
 SEQUENTIAL = Schedule()
+ONE_SHOT = Schedule(is_one_shot=True)
+
+
+class Size(NamedTuple):
+    """What is measured once: a row-parallel GEMM, or a sum alone (K is 0), of 2^(bits - 1) < M <= 2^bits tokens."""
+
+    bits: int
+    out_features: int
+    in_features: int  # of all ranks together: what is alike on all ranks decides, or some would measure alone
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        n, k = self.out_features, self.in_features
+        what = f"gemm N {n} K {k}" if k else f"sum of {n} columns"
+        return f"{what}, {str(self.dtype).removeprefix('torch.')}, M {(1 << self.bits >> 1) + 1} to {1 << self.bits}"
 
 
 class Measured(NamedTuple):
@@ -65,6 +87,13 @@ class Measured(NamedTuple):
         sequential_s = self.schedule_s[SEQUENTIAL]
         better = {s: seconds for s, seconds in self.schedule_s.items() if wins(seconds, sequential_s)}
         return min(better, key=lambda schedule: statistics.median(better[schedule])) if better else SEQUENTIAL
+
+
+def hidden_share(compute_s: Sequence[float], sequential_s: Sequence[float], schedule_s: Sequence[float]) -> float:
+    """1 - (schedule - compute) / (sequential - compute), of medians: 0 for the sequential schedule, 1 where nothing of
+    the communication is left to be seen; 0 where there is none to hide."""
+    compute, sequential, schedule = map(statistics.median, (compute_s, sequential_s, schedule_s))
+    return 1 - (schedule - compute) / (sequential - compute) if sequential > compute else 0.0
 
 
 def wins(seconds: Sequence[float], others: Sequence[float]) -> bool:
@@ -84,76 +113,147 @@ class Overlap:
 
     Args:
         comm: the ranks.
-        mode: auto; off (sequential), columns, lanes: always this one where the size allows it.
+        mode: auto; off (sequential), columns, lanes, one-shot: always this one where the size allows it.
     """
 
     comm: Communicator
     mode: str = "auto"
     lanes: Lanes | None = None  # while the tokens run in two lanes
-    measured: dict[tuple, Measured] = field(default_factory=dict)  # by (bits of M, N, K, dtype)
-    lanes_s: dict[int, list[list[float]]] = field(default_factory=dict)  # [not cut, in lanes], by bits of the tokens
+    measured: dict[Size, Measured] = field(default_factory=dict)
+    # [in one pass, in lanes, in one pass without all-reduces], by bits of the tokens
+    lanes_s: dict[int, list[list[float]]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.mode in ("auto", "one-shot"):
+            self.comm.open_one_shot()
 
     def schedule(self, x: torch.Tensor, w: torch.Tensor, in_features: int) -> Schedule:
         """The fastest for x [..., K_r] and w [N, K_r]; measures at the first call of a size, which every rank makes.
 
         Args:
-            in_features: K, of all ranks together: what is alike on all ranks decides, or some would measure alone.
+            in_features: K, of all ranks together.
         """
         m, n = x.shape[:-1].numel(), len(w)
-        if self.mode in ("off", "lanes") or m * n * x.element_size() < MIN_CUT_BYTES or is_dynamo_compiling():
+        runs = lambda schedule: run(x, w, self.comm, schedule)  # noqa: E731
+        return self._choose(Size(_bits(m), n, in_features, x.dtype), m, lambda: gemm(x, w), runs)
+
+    def sum_schedule(self, y: torch.Tensor) -> Schedule:
+        """The fastest for the sum of y [..., N] alone: sequential or one-shot."""
+        m, n = y.shape[:-1].numel(), y.shape[-1]
+        runs = lambda schedule: _sum(torch.zeros_like(y), self.comm, schedule)  # noqa: E731
+        return self._choose(Size(_bits(m), n, 0, y.dtype), m, lambda: torch.zeros_like(y), runs)
+
+    def _choose(
+        self, size: Size, m: int, compute: Callable[[], object], runs: Callable[[Schedule], object]
+    ) -> Schedule:
+        if self.mode in ("off", "lanes") or is_dynamo_compiling():
             return SEQUENTIAL
+        if self.mode == "one-shot":
+            return ONE_SHOT
+        num_bytes = m * size.out_features * size.dtype.itemsize
+        blocks = _COLUMN_BLOCKS if size.in_features and num_bytes >= MIN_CUT_BYTES else ()
         if self.mode == "columns":
-            return Schedule(_COLUMN_BLOCKS[-1])
-        key = (max(m - 1, 1).bit_length(), n, in_features, x.dtype)
-        if key not in self.measured:
+            return Schedule(blocks[-1]) if blocks else SEQUENTIAL
+        above = self.comm.one_shot_above
+        one_shot = () if above is None or num_bytes <= above else (ONE_SHOT,)
+        if not (blocks or one_shot):
+            return SEQUENTIAL
+        if size not in self.measured:
             if self.is_capturing():
                 return SEQUENTIAL
-            schedules = [SEQUENTIAL, *map(Schedule, _COLUMN_BLOCKS)]
-            runs = [lambda s=s: run(x, w, self.comm, s) for s in schedules]
-            compute_s, *schedule_s = self.slowest_s([lambda: gemm(x, w), *runs])
-            self.measured[key] = Measured(compute_s, dict(zip(schedules, schedule_s, strict=True)))
-        return self.measured[key].fastest()
+            schedules = [SEQUENTIAL, *map(Schedule, blocks), *one_shot]
+            repeats = min(_MAX_REPEATS, 1 + MIN_CUT_BYTES // max(num_bytes, 1))
+            compute_s, *schedule_s = self.slowest_s([compute, *(partial(runs, s) for s in schedules)], repeats)
+            self.measured[size] = Measured(compute_s, dict(zip(schedules, schedule_s, strict=True)))
+        return self.measured[size].fastest()
+
+    def smallest_choice(self) -> int:
+        """Bytes of a sum below which the schedule is sequential, whatever the mode."""
+        above = self.comm.one_shot_above
+        return MIN_CUT_BYTES if above is None else min(MIN_CUT_BYTES, above + 1)
+
+    def report(self) -> dict:
+        """What was measured and chosen, JSON-able.
+
+        Returns:
+            mode; chosen: of each size `what`, `schedule`, `hidden_share`, and microseconds: `us` with the schedule,
+            `sequential_us`, `compute_us` without communication.
+        """
+        rows = [(str(size), str(m.fastest()), m.compute_s, m.schedule_s[SEQUENTIAL], m.schedule_s[m.fastest()])
+                for size, m in self.measured.items()]  # fmt: skip
+        for bits, (whole_s, lanes_s, compute_s) in self.lanes_s.items():
+            chosen = ("lanes", lanes_s) if wins(lanes_s, whole_s) else ("one pass", whole_s)
+            rows.append(
+                (f"layers, {1 << bits >> 1} to {(1 << bits) - 1} tokens", chosen[0], compute_s, whole_s, chosen[1])
+            )
+        return {
+            "mode": self.mode,
+            "chosen": [
+                {
+                    "what": what,
+                    "schedule": schedule,
+                    "hidden_share": hidden_share(compute_s, sequential_s, schedule_s),
+                    "us": statistics.median(schedule_s) * 1e6,
+                    "sequential_us": statistics.median(sequential_s) * 1e6,
+                    "compute_us": statistics.median(compute_s) * 1e6,
+                }
+                for what, schedule, compute_s, sequential_s, schedule_s in rows
+            ],
+        }
 
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured: no time for measurements."""
         return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def slowest_s(self, runs: Sequence[Callable[[], object]]) -> list[list[float]]:
+    def slowest_s(self, runs: Sequence[Callable[[], object]], repeats: int = 1) -> list[list[float]]:
         """Seconds of each run in each round, by the slowest rank's clock: the same on every rank, so all decide alike.
 
         Every rank calls it, with the same runs; they take turns, after one round to warm up.
+
+        Args:
+            repeats: how often a run is repeated within a round, as calls follow each other in a model.
         """
-        mine = [[self._seconds(run) for run in runs] for _ in range(1 + _ROUNDS)][1:]
+        mine = [[self._seconds(run, repeats) for run in runs] for _ in range(1 + _ROUNDS)][1:]
         rounds = zip(*self.comm.gather_json(mine), strict=True)  # of each round, every rank's seconds
         slowest = [[max(seconds) for seconds in zip(*ranks, strict=True)] for ranks in rounds]
         return [list(seconds) for seconds in zip(*slowest, strict=True)]
 
-    def _seconds(self, run: Callable[[], object]) -> float:
+    def _seconds(self, run: Callable[[], object], repeats: int) -> float:
         self._finish_device()
         began = time.perf_counter()
-        run()
+        for _ in range(repeats):
+            run()
         self._finish_device()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / repeats
 
     def _finish_device(self) -> None:
         if self.comm.device.type == "cuda":
             torch.cuda.synchronize(self.comm.device)
 
 
+def _bits(m: int) -> int:
+    return max(m - 1, 1).bit_length()
+
+
 def all_reduce(y: torch.Tensor, overlap: Overlap) -> torch.Tensor:
     """Sum over ranks of y, in place; meanwhile the other lane computes, where there is one."""
     if overlap.lanes is None:
-        return overlap.comm.all_reduce(y)
+        is_small = y.nbytes < overlap.smallest_choice()
+        return overlap.comm.all_reduce(y) if is_small else _sum(y, overlap.comm, overlap.sum_schedule(y))
     handle = overlap.comm.all_reduce_async(y)
     overlap.lanes.switch()
     handle.wait()
     return y
 
 
+def _sum(y: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
+    return comm.all_reduce_one_shot(y) if schedule.is_one_shot else comm.all_reduce(y)
+
+
 def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
-    """sum over ranks of x @ w.T under a schedule with more than one block: [..., N], the same bits on every rank."""
+    """sum over ranks of x @ w.T under a schedule: [..., N], the same bits on every rank."""
     if schedule.blocks == 1:
-        return comm.all_reduce(gemm(x_shard_k, w_shard_k))
+        return _sum(gemm(x_shard_k, w_shard_k), comm, schedule)
     blocks = []
     for w_block in w_shard_k.chunk(schedule.blocks):
         y_block = gemm(x_shard_k, w_block)
@@ -163,9 +263,9 @@ def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, sc
     return torch.cat([y_block for y_block, _ in blocks], dim=-1)
 
 
-def few_elements(in_features_local: int, out_features: int, itemsize: int) -> int:
-    """How many elements x [..., K_r] must have for a cut to be thought of: what a decode step asks in 0.1 us."""
-    return MIN_CUT_BYTES // max(out_features * itemsize, 1) * in_features_local
+def few_elements(overlap: Overlap, in_features_local: int, out_features: int, itemsize: int) -> int:
+    """How many elements x [..., K_r] must have for there to be a choice: what a decode step asks in 0.1 us."""
+    return overlap.smallest_choice() // max(out_features * itemsize, 1) * in_features_local
 
 
 def row_parallel(
@@ -183,7 +283,7 @@ def row_parallel(
         w_shard_k: [N, K_r].
         bias: [N], the same on every rank.
         in_features: K, the sum of all ranks' K_r.
-        few: `few_elements`; an x with fewer is not cut.
+        few: `few_elements`; an x with fewer is summed in sequence.
 
     Returns:
         [..., N], the same bits on every rank.
