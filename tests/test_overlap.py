@@ -19,6 +19,7 @@ from tp_runtime.overlap import (
     Measured,
     Overlap,
     Schedule,
+    Size,
     all_reduce,
     hidden_share,
     row_parallel,
@@ -189,6 +190,21 @@ def test_hidden_share_by_hand():
     """Catches a share of the whole time instead of the communication's, and a division by none of it."""
     assert hidden_share([1], [5], [3]) == 0.5 and hidden_share([1], [5], [5]) == hidden_share([5], [5], [5]) == 0
     assert hidden_share([1], [5], [7]) == -0.5  # a forced schedule may cost more than it hides
+
+
+def test_report_by_hand():
+    """Catches seconds told as microseconds, and a share that is not the chosen schedule's."""
+    overlap = Overlap(NullCommunicator())
+    assert overlap.report() == {"mode": "auto", "chosen": []}
+    size = Size(9, 70, 45, torch.bfloat16)
+    overlap.measured[size] = Measured([1.0], {SEQUENTIAL: [5.0], ONE_SHOT: [2.0]})
+    overlap.lanes_s[11] = [[5.0], [4.0], [3.0]]
+    gemm, layers = overlap.report()["chosen"]
+    assert gemm == {
+        "what": "gemm N 70 K 45, bfloat16, M 257 to 512", "schedule": "one-shot", "hidden_share": 0.75,
+        "us": 2e6, "sequential_us": 5e6, "compute_us": 1e6,
+    }  # fmt: skip
+    assert (layers["what"], layers["schedule"], layers["hidden_share"]) == ("layers, 1024 to 2047 tokens", "lanes", 0.5)
 
 
 def test_a_forced_schedule_is_not_measured():

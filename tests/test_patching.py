@@ -377,7 +377,8 @@ def other_models(comm) -> dict[str, str]:
     told = {field: error_of(tp_runtime.patch, other(field) if odd else model, comm) for field in OTHER_THAN_LLAMA_12_4}
     plan = tp_runtime.make_plan(model.config, comm.size)
     told["plan"] = error_of(tp_runtime.patch, model, comm, plan=plan if odd else None)
-    told["config"] = error_of(tp_runtime.patch, model, comm, config=RuntimeConfig(timeout_s=9) if odd else None)
+    config = RuntimeConfig(overlap="lanes") if odd else None
+    told["option overlap"] = error_of(tp_runtime.patch, model, comm, config=config)
     assert not hasattr(model, "_tp_runtime")
     return told
 
@@ -387,7 +388,7 @@ def test_ranks_that_patch_another_model_are_named():
     for field in OTHER_THAN_LLAMA_12_4:
         other(field)
     everyone = tp_runtime.run_local(other_models, 3)
-    assert everyone[0].keys() == {*OTHER_THAN_LLAMA_12_4, "plan", "config"}
+    assert everyone[0].keys() == {*OTHER_THAN_LLAMA_12_4, "plan", "option overlap"}
     assert_told(everyone)
 
 

@@ -9,7 +9,7 @@ import torch
 from gloo_ranks import run_gloo
 
 from tp_runtime import peer_memory
-from tp_runtime.peer_memory import SLOT_BYTES
+from tp_runtime.peer_memory import SLOT_BYTES, PeerMemory
 
 
 def a_thousand_calls(comm):
@@ -65,6 +65,32 @@ def peer_leaves(comm):
 def test_a_peer_that_is_gone_ends_the_wait():
     """Catches ranks that wait for a dead peer where no launcher of ours would end them: under mp.spawn, say."""
     assert run_gloo(peer_leaves, 2) == ["connection closed by rank 1: the process has ended", None]
+
+
+def peer_leaves_within(comm):
+    """Rank 1 ends in the middle of a one-shot sum of many pieces, without a word."""
+    if comm.rank == 1:
+        exchange, pieces = PeerMemory.exchange, iter(range(3))
+
+        def exchange_or_leave(*args):
+            next(pieces)
+            return exchange(*args)
+
+        PeerMemory.exchange = exchange_or_leave
+    x, began = torch.ones(10 * SLOT_BYTES // 4), time.monotonic()
+    try:
+        comm.all_reduce_one_shot(x)
+    except StopIteration:
+        return None
+    except ConnectionError as error:
+        return str(error), time.monotonic() - began, x.unique(return_counts=True)[1].tolist()
+
+
+def test_a_peer_that_dies_within_a_sum_ends_the_wait():
+    """Catches ranks that wait for the next piece of a rank that is gone."""
+    text, seconds, counts = run_gloo(peer_leaves_within, 2)[0]
+    assert text == "connection closed by rank 1: the process has ended" and seconds < 5
+    assert counts == [7 * SLOT_BYTES // 4, 3 * SLOT_BYTES // 4]  # three pieces were summed
 
 
 def test_ranks_on_two_machines_use_their_group(monkeypatch):

@@ -173,6 +173,7 @@ def report_by_hand(**changes) -> dict:
     given = {
         "name": "tiny", "device": "NVIDIA H200", "load_s": 1.5, "timing": timing, "batch": 2, "experts_per_token": 0,
         "peak_memory_bytes": [3 * 2**20, 5 * 2**20], "collective_s": [0.1, 0.252],
+        "overlap": {"mode": "auto", "chosen": []},
     }  # fmt: skip
     return run_report(make_plan(BY_HAND, 2), **{**given, **changes})
 
@@ -202,6 +203,7 @@ def test_figures_by_hand():
         "read_gbps_per_rank": pytest.approx(reads / 2e-3 / 1e9),
         "collective_share": pytest.approx(0.5),
         "peak_memory_bytes": [3 * 2**20, 5 * 2**20],
+        "overlap": {"mode": "auto", "chosen": []},
     }
 
 
@@ -225,10 +227,18 @@ def test_line_of_a_run():
     report = {
         "tp_size": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "load_s": 6.04, "prefill_tokens_per_s": 21_234.4,
         "decode_ms_per_token": 3.6, "tokens_per_s": 270.26, "read_gbps_per_rank": 4169.4, "collective_share": 0.123,
-        "peak_memory_bytes": [17 * 2**30], "predicted": {"decode_ms_per_token": 3.13, "weight_bytes": [plan_bytes]},
+        "peak_memory_bytes": [17 * 2**30], "overlap": {"mode": "lanes", "chosen": []}, "predicted": {"decode_ms_per_token": 3.13, "weight_bytes": [plan_bytes]},
     }  # fmt: skip
     assert report_line(report) == (
         "tp 1 | NVIDIA H200 | bfloat16 | load 6.04 s | prefill 21234 tok/s | 3.60 ms/token (floor 3.13) | 270.3 tok/s"
         " | 4169.40 GB/s read per rank (87% of the peak) | weights 15316.5 MiB, peak 17408 MiB per rank"
-        " | collectives 12% of the time, all exposed"
+        " | collectives 12% of the time, all exposed | overlap lanes"
     )
+
+
+def test_line_tells_schedules_that_were_measured():
+    """Catches a choice that nobody can see, and a share that stands for another schedule."""
+    schedules = [("one-shot", 0.25), ("sequential", 0.0), ("one-shot", 0.5), ("2 column blocks", 0.125)]
+    chosen = [{"schedule": name, "hidden_share": share} for name, share in schedules]
+    line = report_line(report_by_hand(overlap={"mode": "auto", "chosen": chosen}))
+    assert line.endswith(" | overlap: one-shot x2 hiding up to 50%, sequential x1, 2 column blocks x1 hiding up to 12%")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import logging
 import os
 import time
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch.compiler import is_dynamo_compiling
 
 from . import collective_ops
-from .communicator import HALF, Communicator, Handle, NullCommunicator, label
+from .communicator import HALF, Communicator, Handle, NullCommunicator, check_labels, label
 from .heartbeat import Heartbeat
 from .peer_memory import (
     BUFFER_BYTES,
@@ -96,7 +95,7 @@ class TorchCommunicator(Communicator):
             return self._through(peers, x)
         if (kernels := self._kernels) is None or not kernels.takes(x):
             return self.all_reduce(x)
-        self._announce("one-shot all_reduce", x)()
+        self._announce("one-shot all_reduce", label("one-shot all_reduce", x.dtype, x.shape))
         return self._timed("all_reduce", lambda: kernels.all_reduce(x))
 
     def _through(self, peers: PeerMemory, x: torch.Tensor) -> torch.Tensor:
@@ -104,15 +103,14 @@ class TorchCommunicator(Communicator):
         return self._timed("all_reduce", lambda: peers.all_reduce(x, what))
 
     def _start_all_reduce(self, x: torch.Tensor) -> Handle:
-        meet = self._announce("all_reduce", x)
+        self._announce("all_reduce", label("all_reduce", x.dtype, x.shape))
         if not x.numel():
-            return Handle(meet)
+            return Handle()
         # gloo rounds after each addition; of two ranks there is but one.
         wide = x.float() if x.dtype in HALF and self.size > 2 and self.device.type == "cpu" else x
         work = self.group.allreduce([wide])
 
         def wait():
-            meet()
             self._timed("all_reduce", work.wait)
             if wide is not x:
                 x.copy_(wide)
@@ -125,11 +123,11 @@ class TorchCommunicator(Communicator):
         if is_dynamo_compiling():
             return collective_ops.all_gather(x, lengths, self.number)
         longest, rows = max(lengths), x.shape[:-1].numel()
+        what = label("all_gather", x.dtype, x.shape[:-1], tuple(lengths))
         if (peers := self._peers) and rows * longest * x.itemsize <= SLOT_BYTES:
             shapes = [(*x.shape[:-1], length) for length in lengths]
-            what = label("all_gather", x.dtype, x.shape[:-1], tuple(lengths))
             return torch.cat(self._timed("all_gather", lambda: peers.exchange(what, x, shapes)), dim=-1)
-        self._announce("all_gather", x[..., :0], tuple(lengths))()
+        self._announce("all_gather", what)
         part = x.reshape(rows, lengths[self.rank])
         if lengths[self.rank] != longest:  # the group gathers equal parts only
             part = torch.nn.functional.pad(part, (0, longest - lengths[self.rank]))
@@ -140,27 +138,25 @@ class TorchCommunicator(Communicator):
         return whole.reshape(*x.shape[:-1], whole.shape[1])
 
     def broadcast(self, x, source=0):
-        self._announce("broadcast", x, f"from rank {source}")()
+        self._announce("broadcast", label("broadcast", x.dtype, x.shape, f"from rank {source}"))
         options = dist.BroadcastOptions()
         options.rootRank = source
         self._timed("broadcast", lambda: self.group.broadcast([x], options).wait())
         return x
 
-    def _announce(self, op: str, x: torch.Tensor, detail: str | tuple[int, ...] = "") -> Callable[[], object]:
-        """Says what this rank is about to do. What comes back is called before its end is waited for: it raises where
-        other ranks do something else. Without shared memory that is found at the first call of a kind and size."""
-        what = label(op, x.dtype, x.shape, detail)
-        if self._peers:
-            return functools.partial(self._peers.meet, self._peers.post(what))
-        if (seen := self._seen) is not None and what not in seen and self.size > 1:
+    def _announce(self, op: str, what: bytes) -> None:
+        """Returns when all ranks are known to be about to do the same: gloo and NCCL abort, or hang, where they do not.
+        Without shared memory they are asked at the first call of a kind and size."""
+        if peers := self._peers:
+            self._timed(op, lambda: peers.agree(what))
+        elif (seen := self._seen) is not None and what not in seen and self.size > 1:
             if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                 self._seen = None  # the ranks gather by collectives themselves
                 try:
-                    self.check_agreement({"collective": what.decode()})
+                    check_labels([one.encode() for one in self.gather_json(what.decode())])
                 finally:
                     self._seen = seen
             seen.add(what)
-        return _nothing
 
     def _timed(self, name: str, collective: Callable):
         """The collective's result, its end awaited on the CPU, only its place in the stream on a GPU."""
@@ -213,10 +209,6 @@ class TorchCommunicator(Communicator):
     def _say(self, line: str) -> None:
         if self.rank == 0:
             _log.warning(line)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _reach(comm: TorchCommunicator, num_bytes: int, made: None) -> None:

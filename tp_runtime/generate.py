@@ -124,6 +124,7 @@ def run_rank(comm, run: Run) -> None:
 
     from .engine import Engine
     from .loading import load_checkpoint
+    from .patching import patch_of
 
     comm.heartbeat.beat("load")
     comm.check_agreement(_what_must_agree(run))
@@ -150,7 +151,7 @@ def run_rank(comm, run: Run) -> None:
     comm.heartbeat.beat("report")
     ranks = comm.gather_json({"peak_memory_bytes": comm.peak_memory_bytes(), "collective_s": comm.collective_s})
     if comm.rank == 0:
-        _tell(run, completions, timing, load_s, ranks, comm.device_name())
+        _tell(run, completions, timing, load_s, ranks, comm.device_name(), patch_of(model).overlap.report())
 
 
 def _tell_unused(checkpoint: Checkpoint) -> None:
@@ -174,7 +175,7 @@ def _what_must_agree(run: Run) -> dict[str, object]:
     }
 
 
-def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], device: str) -> None:
+def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], device: str, overlap: dict) -> None:
     from .report import report_line, run_report
 
     adapter = adapter_for(run.checkpoint.model_type)
@@ -188,6 +189,7 @@ def _tell(run: Run, completions, timing, load_s: float, ranks: list[dict], devic
         peak_memory_bytes=[rank["peak_memory_bytes"] for rank in ranks],
         collective_s=[rank["collective_s"] for rank in ranks if rank["collective_s"] is not None],
         experts_per_token=adapter.resolve(run.checkpoint.config).get("num_experts_per_tok", 0),
+        overlap=overlap,
     )
     if run.is_json:
         print(json.dumps({"completions": [dataclasses.asdict(c) for c in completions], "report": report}), flush=True)

@@ -7,6 +7,7 @@ masks, its caches, its generate().
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from hashlib import sha256
 
 import torch
@@ -153,7 +154,7 @@ def _identity(model: nn.Module, plan: Plan | None, config: RuntimeConfig | None)
         **{f"config.{name}": value for name, value in values.items() if name not in _OF_THE_RANK},
         "weights": f"sha256 {sha256(numbers).hexdigest()[:12]}",
         "plan": plan and plan.to_json(),
-        "config": repr(config),
+        **{f"option {name}": value for name, value in asdict(config or RuntimeConfig()).items()},
     }
 
 

@@ -15,9 +15,8 @@ without the second barrier, because there are two slots a rank, used in turn:
 A rank overwrites A at its third call at the earliest. It has then seen every count reach 2, and whoever counted 2 has
 read A.
 
-Beside each count stands in words what the rank counted: `label`, of this collective and of those before it, as many as
-may be under way at once and as many again. Whoever has waited compares all ranks' words, so that ranks that meet with
-different collectives, shapes or dtypes all say so, whichever way their data take.
+With its part, or without one for data that go another way, a rank writes in words what it is about to do, its label.
+Whoever has waited compares all ranks' labels: ranks that came to different collectives, shapes or dtypes all say so.
 
 A count is one aligned 8-byte store behind the data that it announces. On x86-64 no rank sees the two in another order;
 on other processors that takes a fence that Python does not have, and the group keeps its own collectives.
@@ -44,10 +43,7 @@ from .kernels.all_reduce import Peers, all_reduce, peers_over
 
 SLOT_BYTES = 256 << 10  # what goes through at once
 _LINE_BYTES = 64  # a cache line for each rank's count
-_UNDER_WAY = 8  # collectives that a rank may have started and not waited for
-_LABELS = 2 * _UNDER_WAY  # whoever writes over a label has waited for all but _UNDER_WAY; so had its peers, to be there
-_FIRST_SLOT = _LINE_BYTES + _LABELS * LABEL_BYTES
-BUFFER_BYTES = _FIRST_SLOT + 2 * SLOT_BYTES
+BUFFER_BYTES = _LINE_BYTES + 2 * (LABEL_BYTES + SLOT_BYTES)
 _SPINS = 200  # looks before the core is offered to others: some 20 us
 _YIELD_S = 0.002  # then this long of offering, after which the wait sleeps
 _SLEEP_MS = 1
@@ -68,7 +64,7 @@ class PeerMemory:
         self._memory = [memoryview(buffer.numpy()) for buffer in buffers]
         self._counts = [memory[:_LINE_BYTES].cast("q") for memory in self._memory]
         self._peers = [r for r in range(self.size) if r != rank]
-        self._posted = self._met = self._exchanges = 0
+        self._calls = 0
         self._ends = select.poll()  # tells which peers have ended
         self._rank_of_fd = {os.pidfd_open(pid): r for r, pid in enumerate(pids) if r != rank}
         for fd in self._rank_of_fd:
@@ -78,30 +74,15 @@ class PeerMemory:
         for fd in getattr(self, "_rank_of_fd", ()):
             os.close(fd)
 
-    def post(self, label: bytes) -> int:
-        """Says that this rank has come to its next collective, and to which; the collective's number, for `meet`."""
-        if self._posted - self._met == _UNDER_WAY:
-            self.meet(self._met + 1)
-        self._posted += 1
-        start = _LINE_BYTES + self._posted % _LABELS * LABEL_BYTES
-        self._memory[self.rank][start : start + LABEL_BYTES] = label.ljust(LABEL_BYTES, b"\0")
-        self._counts[self.rank][0] = self._posted
-        return self._posted
-
-    def meet(self, number: int) -> None:
-        """Returns when every rank has posted this collective.
+    def agree(self, label: bytes) -> None:
+        """Returns when every rank has come here, with the same label of at most LABEL_BYTES.
 
         Raises:
-            ValueError: on every rank: they posted different labels.
+            ValueError: on every rank: the labels differ.
             ConnectionError: a peer has ended, or did not come within the timeout.
         """
-        for peer in self._peers:
-            if self._counts[peer][0] < number:
-                self._wait_for(peer, number)
-        while self._met < number:
-            self._met += 1
-            start = _LINE_BYTES + self._met % _LABELS * LABEL_BYTES
-            check_labels([memory[start : start + LABEL_BYTES] for memory in self._memory])
+        self._calls += 1
+        self._meet(label)
 
     def exchange(self, label: bytes, x: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Every rank's tensor, in rank order: views that hold until the next call but one.
@@ -111,12 +92,12 @@ class PeerMemory:
             shapes: of each rank's tensor; the dtype is x's.
 
         Raises:
-            As `meet`.
+            As `agree`.
         """
-        self._exchanges += 1
+        self._calls += 1
         parts = [self._slot(r, shape, x.dtype) for r, shape in enumerate(shapes)]
         parts[self.rank].copy_(x)
-        self.meet(self.post(label))
+        self._meet(label)
         return parts
 
     def all_reduce(self, x: torch.Tensor, label: bytes) -> torch.Tensor:
@@ -127,31 +108,44 @@ class PeerMemory:
             sum_in_rank_order(self.exchange(label, piece, [piece.shape] * self.size), piece)
         return x
 
+    def _meet(self, label: bytes) -> None:
+        calls, start = self._calls, self._start()
+        self._memory[self.rank][start : start + LABEL_BYTES] = label.ljust(LABEL_BYTES, b"\0")
+        self._counts[self.rank][0] = calls
+        for peer in self._peers:
+            if self._counts[peer][0] < calls:
+                self._wait_for(peer)
+        check_labels([memory[start : start + LABEL_BYTES] for memory in self._memory])
+
+    def _start(self) -> int:
+        """Where this call's label stands in every buffer, and behind it the slot."""
+        return _LINE_BYTES + self._calls % 2 * (LABEL_BYTES + SLOT_BYTES)
+
     def _slot(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        start = _FIRST_SLOT + self._exchanges % 2 * SLOT_BYTES
         if not (count := math.prod(shape)):
             return torch.empty(tuple(shape), dtype=dtype)
+        start = self._start() + LABEL_BYTES
         return torch.frombuffer(self._memory[rank], dtype=dtype, count=count, offset=start).view(tuple(shape))
 
-    def _wait_for(self, peer: int, number: int) -> None:
-        count = self._counts[peer]
+    def _wait_for(self, peer: int) -> None:
+        count, calls = self._counts[peer], self._calls
         for _ in range(_SPINS):
-            if count[0] >= number:
+            if count[0] >= calls:
                 return
         began = time.monotonic()
-        while count[0] < number:
+        while count[0] < calls:
             waited_s = time.monotonic() - began
             if waited_s < _YIELD_S:
                 os.sched_yield()
             elif ended := self._ends.poll(_SLEEP_MS):
-                if count[0] < number:  # it may have come, and then ended
+                if count[0] < calls:  # it may have come, and then ended
                     gone = sorted(self._rank_of_fd[fd] for fd, _ in ended)
                     raise ConnectionError(
                         f"connection closed by rank {', '.join(map(str, gone))}: the process has ended"
                     )
             elif waited_s > self._timeout_s:
                 raise ConnectionError(
-                    f"timed out: rank {peer} did not reach collective {number} in {self._timeout_s:g} s"
+                    f"timed out: rank {peer} did not reach collective {calls} in {self._timeout_s:g} s"
                 )
 
 

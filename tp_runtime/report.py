@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .estimate import decode_floor_ms, decode_read_bytes, find_device
 from .plan import ITEM_BYTES, ParameterPlan, Plan, Range
@@ -96,7 +96,7 @@ def _total(plan: Plan) -> str:
 
 def run_report(
     plan: Plan, *, name: str, device: str, load_s: float, timing, batch: int, peak_memory_bytes: Sequence[int],
-    collective_s: Sequence[float], experts_per_token: int,
+    collective_s: Sequence[float], experts_per_token: int, overlap: Mapping,
 ) -> dict:  # fmt: skip
     """The run in figures, predicted beside measured; None where there is nothing to say.
 
@@ -105,6 +105,7 @@ def run_report(
         timing: engine.Timing of rank 0.
         peak_memory_bytes: one figure a rank; resident memory on the CPU, allocated device memory on a GPU.
         collective_s: seconds that each rank's host spent in collectives while generating; empty where not measured.
+        overlap: of `Overlap.report`: which schedules were forced or measured, and what they hide.
     """
     all_tokens = timing.prompt_tokens + timing.new_tokens
     context = (timing.prompt_tokens + timing.new_tokens / 2) / batch  # on average, while decoding
@@ -125,6 +126,7 @@ def run_report(
         "read_gbps_per_rank": reads / (decode_ms * 1e6) if decode_ms else None,
         "collective_share": max(collective_s) / total_s if collective_s and total_s else None,
         "peak_memory_bytes": list(peak_memory_bytes),
+        "overlap": dict(overlap),
         "predicted": {
             "load_s": None,
             "prefill_tokens_per_s": None,
@@ -157,5 +159,18 @@ def report_line(report: dict) -> str:
         figure("read_gbps_per_rank", "{:.2f} GB/s read per rank" + peak),
         f"weights {weights / MIB:.1f} MiB, peak {memory / MIB:.0f} MiB per rank",
         figure("collective_share", "collectives {:.0%} of the time, all exposed") or "collectives not measured",
+        _overlap(report["overlap"]),
     ]
     return " | ".join(filter(None, parts))
+
+
+def _overlap(overlap: Mapping) -> str:
+    """Which schedules run, how many sizes each, and the largest share of its communication that one hides; empty where
+    nothing was measured or forced."""
+    if overlap["mode"] != "auto":
+        return f"overlap {overlap['mode']}"
+    shares: dict[str, list[float]] = {}
+    for row in overlap["chosen"]:
+        shares.setdefault(row["schedule"], []).append(row["hidden_share"])
+    told = [f"{name} x{len(of)}" + (f" hiding up to {max(of):.0%}" if any(of) else "") for name, of in shares.items()]
+    return f"overlap: {', '.join(told)}" if told else ""
