@@ -13,7 +13,9 @@ from gloo_ranks import run_gloo
 from interpreted import interpreted
 
 import tp_runtime
+from tp_runtime import peer_memory
 from tp_runtime.kernels import all_reduce as compiled
+from tp_runtime.peer_memory import PeerKernels
 
 all_reduce = interpreted("all_reduce")
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +69,28 @@ def hundreds_of_calls(comm):
             torch.cat([values[i].flatten() for i in chosen]) for values in ([z for _, z in ours], torchs, exact)
         )
         assert_as_exact_as(z, torch_z, want)
-    return wrong, int(peers.calls.min()), int(peers.calls.max())
+    return wrong + in_pieces(comm), int(peers.calls.min()), int(peers.calls.max())
+
+
+def in_pieces(comm) -> list[tuple]:
+    """`PeerKernels`: messages for one shot, for two, and for several times the buffers; returns what went wrong."""
+    shots = []
+
+    def counted(x, peers, two_shot, out):
+        shots.append((len(x), two_shot))
+        return all_reduce.all_reduce(x, peers, two_shot, out)
+
+    peer_memory.all_reduce, peer_memory.peers_over = counted, all_reduce.peers_over
+    PeerKernels._TWO_SHOT_BYTES = 512
+    kernels, wrong = PeerKernels(buffers_of(comm, 1024), comm.rank), []
+    comm.barrier()
+    want = {70: [(70, False)], 200: [(200, True)], 600: [(256, True), (256, True), (88, False)]}
+    for count in want:
+        x = (torch.arange(count) + comm.rank).float().view(2, -1)
+        total = comm.size * torch.arange(count).view(2, -1) + sum(range(comm.size))
+        if not torch.equal(kernels.all_reduce(x), total.float()):
+            wrong.append(("in pieces", count))
+    return wrong if shots == [shot for of in want.values() for shot in of] else [*wrong, ("shots", shots)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

@@ -1,6 +1,7 @@
 """Communicators: threads and gloo processes say the same to each other, and a failing rank ends all of them at once."""
 
 import functools
+import logging
 import threading
 import time
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from gloo_ranks import run_gloo
 
 import tp_runtime
+from tp_runtime import comm as comm_module
 from tp_runtime.comm import TorchCommunicator, communicator
 from tp_runtime.communicator import NullCommunicator
 from tp_runtime.local import LocalCommunicator
@@ -215,10 +217,53 @@ def differ(comm, name: str) -> str:
     return "nothing was said"
 
 
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+        logging.getLogger("tp_runtime").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+# The steps to memory of all GPUs, and the one that fails on rank 1 alone: stand-ins, as there is no GPU here.
+STEPS = ("_reach", "_allocate", "_rendezvous")
+
+
+def without_peer_access(comm) -> dict:
+    """Of each failing step what comes of it: buffers, lines, and the steps that this rank took."""
+    got = {}
+    for failing in (*STEPS, None):
+        heard, taken = Lines(), []
+        for step in STEPS:
+            setattr(comm_module, step, functools.partial(stand_in, step, comm.rank == 1 and step == failing, taken))
+        buffers = comm._symmetric_memory(8)
+        got[failing] = (buffers is not None, heard.lines, taken)
+        logging.getLogger("tp_runtime").removeHandler(heard)
+    return got
+
+
+def stand_in(step: str, fails: bool, taken: list[str], comm, num_bytes: int, made):
+    taken.append(step)
+    if fails:
+        raise RuntimeError(f"{step} is not to be\nmore lines")
+    return [torch.zeros(num_bytes)] * comm.size if step == STEPS[-1] else None
+
+
+def test_one_rank_without_peer_access_is_all_without():
+    """Catches ranks that wait in the next step for one that has failed, and a slower path that is taken silently."""
+    for rank, got in enumerate(run_gloo(without_peer_access, TP, timeout_s=60)):
+        for number, failing in enumerate(STEPS):
+            line = f"no GPU reads another's memory (rank 1: {failing} is not to be); NCCL sums all"
+            assert got[failing] == (False, [line] if rank == 0 else [], list(STEPS[: number + 1]))
+        assert got[None] == (True, [], list(STEPS))
+
+
 def differ_in_groups(comm) -> dict:
     """Each in a group of its own, as a group whose ranks disagreed is of no use any more."""
-    from tp_runtime import comm as comm_module
-
     told = {}
     for name in DIFFERENT:
         ours = communicator(dist.new_group(list(range(TP))))

@@ -5,6 +5,7 @@ import torch
 from tiny_models import TOLERANCE, answers, one_thread, prompt, reference  # noqa: F401
 
 import tp_runtime
+from tp_runtime import lanes as lanes_module
 from tp_runtime.config import RuntimeConfig
 from tp_runtime.lanes import Lanes
 
@@ -135,6 +136,26 @@ def test_what_is_cut_and_what_is_not():
     for two, none in tp_runtime.run_local(forwards, 2):
         assert set(two.values()) == {2}, two
         assert set(none.values()) == {0}, none
+
+
+def test_lanes_are_measured_once(monkeypatch):
+    """Catches a measurement that leaves layers out, keeps the silent communicator, or is repeated at every prompt."""
+    monkeypatch.setattr(lanes_module, "MIN_TOKENS", 2)
+    whole = reference("llama-12/4")
+
+    def forwards(comm):
+        model = whole.copy()
+        tp_runtime.patch(model, comm)
+        overlap = model._tp_runtime.overlap
+        with torch.no_grad():
+            logits = [model(whole.ids).logits for _ in range(2)]
+        runs = [len(seconds) for seconds in overlap.lanes_s.pop(5)]  # of 18 tokens
+        assert not overlap.lanes_s and overlap.comm is comm and len(model.model.layers) == 2
+        return logits, runs
+
+    for logits, runs in tp_runtime.run_local(forwards, 2):
+        assert runs == [5, 5, 5]
+        assert all((one - whole.logits).abs().max() <= TOLERANCE for one in logits)
 
 
 def test_left_padding_in_lanes():

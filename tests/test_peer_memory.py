@@ -6,10 +6,13 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from gloo_ranks import run_gloo
 
 from tp_runtime import peer_memory
-from tp_runtime.peer_memory import SLOT_BYTES, PeerMemory
+from tp_runtime.comm import TorchCommunicator
+from tp_runtime.kernels.all_reduce import all_reduce_ref
+from tp_runtime.peer_memory import SLOT_BYTES, PeerKernels, PeerMemory
 
 
 def a_thousand_calls(comm):
@@ -105,3 +108,44 @@ def test_ranks_on_two_machines_use_their_group(monkeypatch):
 def test_nothing_is_left_in_dev_shm():
     """Catches a file that outlives its ranks."""
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("tp_runtime-")]
+
+
+def on_one_gpu(comm, group=None) -> str:
+    """Ranks that share a GPU and sum through each other's memory there; what went wrong, empty if nothing did."""
+    ours = TorchCommunicator(group, device="cuda:0")
+    ours.open_one_shot()
+    if ours.one_shot_above is None:
+        return "no symmetric memory"
+    for call in range(20):
+        dtype = (torch.bfloat16, torch.float32)[call % 2]
+        count = (70, 8192, PeerKernels.BUFFER_BYTES // dtype.itemsize)[call % 3]  # one shot, two, and in pieces
+        torch.manual_seed(call)
+        parts = [torch.randn(count).to(dtype) for _ in range(comm.size)]
+        x = parts[comm.rank].cuda()
+        if not torch.equal(ours.all_reduce_one_shot(x).cpu(), all_reduce_ref(parts)):
+            return f"call {call}: {count} of {dtype} are not the sum in rank order"
+    return ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_on_one_gpu(size, monkeypatch):
+    """Catches what threads and plain tensors do not show: memory of another process, mapped by torch."""
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    assert run_gloo(on_one_gpu, size) == [""] * size
+
+
+def by_nccl_on_one_gpu(comm) -> str:
+    torch.cuda.set_device(0)
+    return on_one_gpu(comm, dist.new_group(backend="nccl"))
+
+
+@pytest.mark.gpu
+def test_nccl_ranks_on_one_gpu(monkeypatch):
+    """Catches a group of NCCL's whose memory is not found by its name."""
+    if (version := torch.cuda.nccl.version()) < (2, 30):
+        pytest.skip(f"NCCL {'.'.join(map(str, version))}: several ranks on one GPU from 2.30 on")
+    for name, value in {"MULTI_RANK_GPU_ENABLE": 1, "NVLS_ENABLE": 0, "MAX_CTAS": 4}.items():
+        monkeypatch.setenv(f"NCCL_{name}", str(value))
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    assert run_gloo(by_nccl_on_one_gpu, 2) == [""] * 2

@@ -227,7 +227,8 @@ def test_line_of_a_run():
     report = {
         "tp_size": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "load_s": 6.04, "prefill_tokens_per_s": 21_234.4,
         "decode_ms_per_token": 3.6, "tokens_per_s": 270.26, "read_gbps_per_rank": 4169.4, "collective_share": 0.123,
-        "peak_memory_bytes": [17 * 2**30], "overlap": {"mode": "lanes", "chosen": []}, "predicted": {"decode_ms_per_token": 3.13, "weight_bytes": [plan_bytes]},
+        "peak_memory_bytes": [17 * 2**30], "overlap": {"mode": "lanes", "chosen": []},
+        "predicted": {"decode_ms_per_token": 3.13, "weight_bytes": [plan_bytes]},
     }  # fmt: skip
     assert report_line(report) == (
         "tp 1 | NVIDIA H200 | bfloat16 | load 6.04 s | prefill 21234 tok/s | 3.60 ms/token (floor 3.13) | 270.3 tok/s"
