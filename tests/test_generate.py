@@ -164,7 +164,7 @@ REJECTED = {
     "tp above heads": (["--tp", "9"], "tp_size=9 exceeds 8 query heads; choose 1 to 8"),
     "tp no number": (["--tp", "two"], "'two'"),
     "unknown flag": (["--no-such-flag"], "--no-such-flag"),
-    "unknown schedule": (["--overlap", "one-shot"], "--overlap"),
+    "unknown schedule": (["--overlap", "two-shot"], "--overlap"),
     "profile": (["--profile", "trace.json"], "--profile"),
     "verify": (["--verify"], "--verify"),
     "empty prompt": (["--prompt", ""], "empty prompt"),
