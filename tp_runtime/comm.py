@@ -68,7 +68,9 @@ class TorchCommunicator(Communicator):
         self._seen: set[bytes] | None = None  # labels that all ranks agreed on; None while they do
         if self.device.type == "cpu" and self.size > 1:
             pids = self.gather_json(os.getpid() if orders_stores() else 0)
-            if all(pids) and (buffers := self.peer_buffers(BUFFER_BYTES)):
+            if not all(pids):
+                self._say("ranks share no memory: that takes x86-64 and Linux 5.3 on every one; the group sums all")
+            elif buffers := self.peer_buffers(BUFFER_BYTES):
                 self._peers = PeerMemory(buffers, self.rank, pids, timeout_s)
                 self.one_shot_above = SLOT_BYTES
         self._seen = set()
@@ -185,7 +187,7 @@ class TorchCommunicator(Communicator):
         memory = open_shared_memory(self.rank, self.size, self.size * num_bytes, self.gather_json)
         if memory is None:
             self._say(
-                "the ranks share no memory: they are on several machines, or /dev/shm is full; the group sums all"
+                "ranks share no memory: they are on several machines, or /dev/shm is full; the group sums all"
             )
             return None
         whole = torch.frombuffer(memory, dtype=torch.uint8)

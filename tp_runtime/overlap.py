@@ -45,7 +45,8 @@ from .kernels.gemm import gemm
 MIN_CUT_BYTES = 1 << 20
 _COLUMN_BLOCKS = (2, 4)
 _ROUNDS = 5
-_MAX_REPEATS = 20  # of a short run in one measurement
+_REPEATED_BYTES = 64 << 10  # shorter runs are measured as they follow each other in a model, this much together
+_MAX_REPEATS = 20
 
 
 class Schedule(NamedTuple):
@@ -134,14 +135,15 @@ class Overlap:
             in_features: K, of all ranks together.
         """
         m, n = x.shape[:-1].numel(), len(w)
-        runs = lambda schedule: run(x, w, self.comm, schedule)  # noqa: E731
-        return self._choose(Size(_bits(m), n, in_features, x.dtype), m, lambda: gemm(x, w), runs)
+        size = Size(_bits(m), n, in_features, x.dtype)
+        return self._choose(size, m, partial(gemm, x, w), partial(run, x, w, self.comm))
 
     def sum_schedule(self, y: torch.Tensor) -> Schedule:
         """The fastest for the sum of y [..., N] alone: sequential or one-shot."""
         m, n = y.shape[:-1].numel(), y.shape[-1]
-        runs = lambda schedule: _sum(torch.zeros_like(y), self.comm, schedule)  # noqa: E731
-        return self._choose(Size(_bits(m), n, 0, y.dtype), m, lambda: torch.zeros_like(y), runs)
+        size = Size(_bits(m), n, 0, y.dtype)
+        zeros = partial(torch.zeros_like, y)
+        return self._choose(size, m, zeros, lambda schedule: _sum(zeros(), self.comm, schedule))
 
     def _choose(
         self, size: Size, m: int, compute: Callable[[], object], runs: Callable[[Schedule], object]
@@ -162,7 +164,7 @@ class Overlap:
             if self.is_capturing():
                 return SEQUENTIAL
             schedules = [SEQUENTIAL, *map(Schedule, blocks), *one_shot]
-            repeats = min(_MAX_REPEATS, 1 + MIN_CUT_BYTES // max(num_bytes, 1))
+            repeats = min(_MAX_REPEATS, 1 + _REPEATED_BYTES // max(num_bytes, 1))
             compute_s, *schedule_s = self.slowest_s([compute, *(partial(runs, s) for s in schedules)], repeats)
             self.measured[size] = Measured(compute_s, dict(zip(schedules, schedule_s, strict=True)))
         return self.measured[size].fastest()
