@@ -138,6 +138,7 @@ def test_hiding_is_seen_where_communication_has_time_of_its_own(one_thread, monk
 
     monkeypatch.setattr(tp_runtime.overlap, "gemm", slow_gemm)
     monkeypatch.setattr(tp_runtime.overlap, "MIN_CUT_BYTES", 0)
+    monkeypatch.setattr(tp_runtime.overlap, "_MAX_REPEATS", 1)
     monkeypatch.setattr(overlap_work, "num_copies", lambda *_: 1)
     monkeypatch.setattr(emulated_nccl, "published_us", slow_us)
     comm = emulated_nccl.EmulatedCommunicator(2, "cpu")
