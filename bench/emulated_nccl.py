@@ -112,6 +112,7 @@ class EmulatedCommunicator(NullCommunicator):
     """
 
     one_shot_above = 0
+    collective_sms = CTAS
 
     def __init__(self, size: int, device: torch.device | str):
         super().__init__(0, size, device)

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_configs import Config, Configs, Decode, Prefill, Vector, as_rows, has_tma_layout
 from .gemm_kernels import _decode_kernel, _prefill_kernel, _vector_kernel
-from .target import COUNTERS, arch, arrival_counters, has_pdl, launch_options, num_sms
+from .target import COUNTERS, arch, arrival_counters, free_sms, has_pdl, launch_options, num_sms
 
 DECODE_M = 128  # most tokens of the decode kernel
 LANE = 8  # elements of 16 bits in the 16 bytes of the widest load
@@ -52,7 +52,7 @@ def launch(
         x: [..., K]; w, up: [N, K]; residual, y: [..., N]: floats of one dtype, no dimension 0, each with `has_rows`.
         bias: [N], of w; with `up` [2 * N], of both.
         activation: given if and only if `up` is.
-        sms: multiprocessors that a Prefill takes, and that a Decode splits K for; None: all.
+        sms: multiprocessors that a Prefill takes, and that a Decode splits K for; None: all that are free.
 
     Raises:
         ValueError: rows that the kernel cannot read or write, or more of them than it takes.
@@ -68,7 +68,7 @@ def launch(
     elif isinstance(config, Decode):
         _launch_decode(*operands, config, sms or num_sms(x.device))
     else:
-        _launch_prefill(*operands, config, sms or num_sms(x.device))
+        _launch_prefill(*operands, config, sms or free_sms(x.device))
     return y
 
 

@@ -10,7 +10,7 @@ from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_b
 from .grouped_gemm_kernels import _combine_kernel, _decode_down_kernel, _decode_gate_up_kernel, _prefill_kernel
 from .routing import lost_note
 from .routing_kernels import run_sort
-from .target import COUNTERS, arch, arrival_counters, has_pdl, launch_options, num_sms
+from .target import COUNTERS, arch, arrival_counters, free_sms, has_pdl, launch_options, num_sms
 
 
 def launch(
@@ -29,7 +29,7 @@ def launch(
     Args:
         x: [T, H]; or [T * k, H], a row a slot. T, H, I and E are at least 1; all contiguous in the last dimension.
         top_k_weights: [T, k] contiguous; None for ones.
-        sms: multiprocessors to use; None: all.
+        sms: multiprocessors to use; None: all that are free.
 
     Raises:
         ValueError: the kernels do not take this shape; see `takes`.
@@ -39,11 +39,11 @@ def launch(
         raise ValueError(f"{config} does not take {why_not}")
     if is_transposed:
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT  # [E, N, K] in name, as the others; the strides tell
-    index, sms = top_k_index.contiguous(), sms or num_sms(x.device)
+    index = top_k_index.contiguous()
     given = x, index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed
     if isinstance(config, Decode):
-        return _launch_decode(*given, config, sms)
-    return _launch_prefill(*given, config, sms)
+        return _launch_decode(*given, config, sms or num_sms(x.device))
+    return _launch_prefill(*given, config, sms or free_sms(x.device))
 
 
 def takes(config: Config, x, top_k_index, gate_up_proj, down_proj, is_transposed: bool) -> str:

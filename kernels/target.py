@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -20,6 +22,8 @@ COUNTERS = 4096
 _STREAMS = 32
 _rows: dict[tuple[torch.device, int], torch.Tensor] = {}
 _unused_rows: dict[torch.device, list[torch.Tensor]] = {}
+
+_sms_left = 0  # for others, by persistent kernels
 
 
 @functools.cache
@@ -40,6 +44,25 @@ def _sms(device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; elsewhere those of the architecture that is compiled for (interpreter: 3)."""
     return _sms(device) if device.type == "cuda" else _SMS.get(arch(), 3)
+
+
+def free_sms(device: torch.device) -> int:
+    """Multiprocessors that a persistent kernel takes: all, but for those that are left to others just now."""
+    return max(1, num_sms(device) - _sms_left)
+
+
+@contextlib.contextmanager
+def leaving_sms(count: int) -> Iterator[None]:
+    """Within it persistent kernels are launched on all multiprocessors but `count`, in every thread of this process.
+
+    Else a collective that starts meanwhile would wait for a whole GEMM: its programs fit beside none of these.
+    """
+    global _sms_left
+    before, _sms_left = _sms_left, count
+    try:
+        yield
+    finally:
+        _sms_left = before
 
 
 def has_pdl() -> bool:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import threading
+import types
 
 import pytest
 import torch
@@ -23,6 +24,20 @@ def values(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     """Random numbers of very different size, another set for each rank."""
     generator = torch.Generator().manual_seed(rank)
     return (torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()).to(dtype)
+
+
+def test_nccl_is_asked_for_a_high_priority_stream_and_few_programs(monkeypatch):
+    """Catches NCCL queued behind a GEMM's grid; and fewer programs where NVLink is not what saturates them."""
+
+    class Options:
+        def __init__(self, is_high_priority_stream=False):
+            self.is_high_priority_stream, self.config = is_high_priority_stream, types.SimpleNamespace(max_ctas=None)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", types.SimpleNamespace(Options=Options), raising=False)
+    for capability, ctas in (((8, 0), None), ((9, 0), 16), ((10, 0), 16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        options = comm_module._nccl_options(torch.device("cuda", 0))
+        assert options.is_high_priority_stream and options.config.max_ctas == ctas
 
 
 def disagreement(comm, fields: dict) -> str:

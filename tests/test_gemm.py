@@ -105,6 +105,22 @@ def test_num_sms_limits_the_persistent_grid(monkeypatch):
     for num_sms in (1, 3, 5, None):  # the interpreter has 3
         interpreted_gemm.run(x, w, kernel="prefill", config=Prefill(32, 32, 16, 8, 4, 2), num_sms=num_sms)
     assert grids.seen == [(1,), (3,), (4,), (3,)]
+    with target.leaving_sms(2):
+        interpreted_gemm.run(x, w, kernel="prefill", config=Prefill(32, 32, 16, 8, 4, 2))
+        with target.leaving_sms(9):
+            interpreted_gemm.run(x, w, kernel="prefill", config=Prefill(32, 32, 16, 8, 4, 2))
+    interpreted_gemm.run(x, w, kernel="prefill", config=Prefill(32, 32, 16, 8, 4, 2))
+    assert grids.seen[4:] == [(1,), (1,), (3,)]
+
+
+def test_a_split_of_k_leaves_no_multiprocessors(monkeypatch):
+    """Catches bits that depend on what runs beside a GEMM."""
+    grids = Grids()
+    monkeypatch.setattr(launching, "_decode_kernel", grids)
+    x, w, *_ = operands(4, 32, 256)
+    with target.leaving_sms(2):
+        interpreted_gemm.run(x, w, kernel="decode", config=Decode(32, 16, 1, 4, 2))
+    assert grids.seen == [(1, 3)]
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 8), (4, 0, 8), (4, 6, 0)], ids=str)

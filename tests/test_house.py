@@ -80,19 +80,20 @@ def test_kernels_import_torch_and_triton_only(path):
 
 def test_what_a_cpu_rank_imports_leaves_triton_alone():
     """Catches a kernel at the top of a file: every rank on a CPU would wait for its decorators, and need Triton."""
-    at_top = {}  # of each kernel file: its neighbours and packages, imports inside functions left out
-    for path in KERNELS:
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        modules = list(imports(ast.Module(top, [])))
-        at_top[path.stem] = {part for module in modules for part in module.split(".") if part}
+
+    def at_top(path: Path) -> Iterator[list[str]]:
+        """The dotted parts of what a file imports, what its functions import left out."""
+        of_module = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        return (module.split(".") for module in imports(ast.Module(of_module, [])))
+
+    of_kernels = {path.stem: {part for module in at_top(path) for part in module if part} for path in KERNELS}
 
     def reached(stem: str) -> set[str]:
-        return {stem}.union(*(reached(other) for other in at_top[stem] if other in at_top))
+        return {stem}.union(*(reached(other) for other in of_kernels[stem] if other in of_kernels))
 
-    modules = [module.split(".") for path in RUNTIME for module in imports(path)]
-    of_runtime = {module[2] for module in modules if module[:2] == ["", "kernels"]}
+    of_runtime = {module[2] for path in RUNTIME for module in at_top(path) if module[:2] == ["", "kernels"]}
     assert of_runtime >= {"gemm", "gated_gemm", "grouped_gemm", "routing", "rms_norm"}
-    assert not {stem for op in of_runtime for stem in reached(op) if "triton" in at_top[stem]}
+    assert not {stem for op in of_runtime for stem in reached(op) if "triton" in of_kernels[stem]}
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name)

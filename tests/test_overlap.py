@@ -227,6 +227,19 @@ def test_the_slowest_ranks_clock_decides():
     assert tp_runtime.run_local(measure, 3) == [[[3.0] * 5, [5.0] * 5]] * 3
 
 
+def test_gemms_beside_a_collective_leave_it_its_multiprocessors(monkeypatch):
+    """Catches an all-reduce that waits for the whole GEMM it should hide behind, and a GEMM alone that leaves some."""
+    from tp_runtime.kernels import target
+
+    left, comm = [], NullCommunicator(0, 2, "cuda")
+    comm.collective_sms = 16
+    monkeypatch.setattr(overlap_module, "gemm", lambda x, w: left.append(target._sms_left) or x @ w.T)
+    x, w = torch.ones(2, 8), torch.ones(4, 8)
+    for schedule in (SEQUENTIAL, Schedule(2), SEQUENTIAL):
+        run(x, w, comm, schedule)
+    assert left == [0, 16, 16, 0]
+
+
 def test_bias_is_added_once():
     """Catches a bias that every rank adds to its part."""
 

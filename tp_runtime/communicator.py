@@ -31,6 +31,7 @@ class Communicator(ABC):
 
     Attributes:
         one_shot_above: message bytes above which `all_reduce_one_shot` is another way than `all_reduce`; None: of none.
+        collective_sms: multiprocessors of a GPU that `all_reduce_async` takes beside what is computed meanwhile.
 
     Raises:
         ValueError: by a collective, on every rank, naming ranks and what they called with, where that differs. Among
@@ -39,6 +40,7 @@ class Communicator(ABC):
     """
 
     one_shot_above: int | None = None
+    collective_sms = 0
 
     def __init__(self, rank: int, size: int, device: torch.device, heartbeat: Heartbeat | None = None):
         self.rank, self.size, self.device = rank, size, device

@@ -29,7 +29,7 @@ from torch.compiler import is_dynamo_compiling
 from transformers import DynamicCache
 
 from .communicator import NullCommunicator
-from .overlap import Overlap, wins
+from .overlap import Overlap, room_for_collectives, wins
 
 
 class _Abandoned(BaseException):
@@ -141,7 +141,8 @@ def _run(forward: Callable, halves: tuple[dict, dict], overlap: Overlap):
     """forward(**halves[0]) and forward(**halves[1]) together, as the output of one forward pass."""
     overlap.lanes = lanes = Lanes()
     try:
-        first, second = lanes.run(lambda: forward(**halves[0]), lambda: forward(**halves[1]))
+        with room_for_collectives(overlap.comm):
+            first, second = lanes.run(lambda: forward(**halves[0]), lambda: forward(**halves[1]))
     finally:
         overlap.lanes = None
     second.last_hidden_state = torch.cat((first.last_hidden_state, second.last_hidden_state), dim=1)

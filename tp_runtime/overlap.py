@@ -28,9 +28,10 @@ for a sum without a GEMM of its own, that of experts, once for each size of mess
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -257,12 +258,25 @@ def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, sc
     if schedule.blocks == 1:
         return _sum(gemm(x_shard_k, w_shard_k), comm, schedule)
     blocks = []
-    for w_block in w_shard_k.chunk(schedule.blocks):
-        y_block = gemm(x_shard_k, w_block)
-        blocks.append((y_block, comm.all_reduce_async(y_block)))
+    with room_for_collectives(comm):
+        for w_block in w_shard_k.chunk(schedule.blocks):
+            y_block = gemm(x_shard_k, w_block)
+            blocks.append((y_block, comm.all_reduce_async(y_block)))
     for _, handle in blocks:
         handle.wait()
     return torch.cat([y_block for y_block, _ in blocks], dim=-1)
+
+
+@contextlib.contextmanager
+def room_for_collectives(comm: Communicator) -> Iterator[None]:
+    """Within it GEMMs of ours leave a collective of `comm` the multiprocessors that it takes. (cuBLAS takes all.)"""
+    if comm.device.type != "cuda":
+        yield
+        return
+    from .kernels.target import leaving_sms
+
+    with leaving_sms(comm.collective_sms):
+        yield
 
 
 def few_elements(overlap: Overlap, in_features_local: int, out_features: int, itemsize: int) -> int:
