@@ -143,7 +143,10 @@ def _row_cases(arch: int) -> Iterator[Case]:
     dtype = torch.bfloat16
     for m, n in ((1, 4096), (4096, 8192), (33, 70)):
         x, weight = meta(m, n, dtype=dtype), meta(n, dtype=dtype)
-        for name, *options in (("plain",), ("residual", x), ("post-norm", x, True, 1.0, weight)):
+        for name, *options in (
+            ("plain",), ("residual", x), ("post-norm", x, True, 1.0, weight),
+            ("layer norm", x, False, 1.0, None, weight),
+        ):  # fmt: skip
             launch = functools.partial(kernels.run, x, weight, 1e-5, *options)
             yield Case("rms_norm", name, arch, dtype, f"M={m} N={n}", launch, has_wide_loads=n > 70)
 

@@ -103,6 +103,10 @@ SECTIONS = (
         "attention_speed", "decode attention in TB/s, batch 1 to 64, context 1024 to 32768, against torch's", 180,
         "speed:attention",
     ),
+    Section(
+        "layer", "a decoder layer in a CUDA graph, 8B tp1 and a rank of 70B tp8, against HF's and the sum of its parts",
+        40, "speed:layer",
+    ),
     Section("prefill", "GEMMs of M 512 to 8192 against cuBLAS: target 1.0x, gated 1.08x", 100, "speed:prefill"),
     Section(
         "experts_repeat", "experts in CUDA graphs with the routing changing; 50 repeats give equal bits", 90,

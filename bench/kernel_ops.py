@@ -151,6 +151,72 @@ class ExpertsOp(Op):
         return 2 * m * self.top_k * 3 * n * k
 
 
+class Held(NamedTuple):
+    """The caches of m sequences, full but for the new token; the angles of its place."""
+
+    keys: torch.Tensor  # [m, H_kv, n, k]
+    values: torch.Tensor
+    cos: torch.Tensor  # [1, 1, 1, k]
+    signed_sin: torch.Tensor
+
+    def call(self, function: Any, x: torch.Tensor, **chosen: Any) -> torch.Tensor:
+        """`function` on the first sequences."""
+        caches = self.keys[: len(x)], self.values[: len(x)]
+        scale = self.keys.shape[3] ** -0.5
+        return function(x, self.cos, self.signed_sin, *caches, self.keys.shape[2] - 1, scale, **chosen)
+
+    def double(self) -> Held:
+        return Held(*(tensor.double() for tensor in self))
+
+
+@dataclass(frozen=True)
+class AttentionOp(Op):
+    """Decode attention with rope and the cache's new token: y[M, 1, H * K] of qkv [M, 1, (H + 2 * H_kv) * K]; N is how
+    many tokens a cache has room for, K the head size.
+
+    In the tables its name holds the query and the key/value heads: `attention_32_8`.
+    """
+
+    num_heads: int = 0
+    num_kv_heads: int = 0
+
+    @property
+    def kernels(self) -> ModuleType:
+        return importlib.import_module("tp_runtime.kernels.rope_decode_attention")
+
+    def on(self, shape: KernelShape) -> AttentionOp:
+        heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads}
+        return replace(self, name=self.kernels.op_name(**heads), **heads)
+
+    def candidates(self, m: int, n: int, k: int, dtype: torch.dtype) -> list[tuple[str, Any]]:
+        kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
+        return [("split", config) for config in kernels.CANDIDATES["split"]]
+
+    def operands(self, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, Any]:
+        x = torch.randn(m, 1, (self.num_heads + 2 * self.num_kv_heads) * k, dtype=dtype, device=device)
+        angles = torch.randn(2, 1, 1, 1, k, dtype=dtype, device=device)
+        item = self.bytes(m, n, k, dtype.itemsize)
+        shape = m, self.num_kv_heads, n, k
+        return x, [
+            Held(*torch.randn(2, *shape, dtype=dtype, device=device), *angles) for _ in range(num_copies(item, device))
+        ]
+
+    def torchs(self, x: torch.Tensor, w: Held) -> torch.Tensor:
+        return w.call(self.kernels.run, x, kernel="torch")
+
+    def exact(self, x: torch.Tensor, w: Held) -> torch.Tensor:
+        return w.double().call(self.kernels.rope_decode_attention_ref, x.double())
+
+    def ours(self, x: torch.Tensor, w: Held, kernel: str, config: Any) -> torch.Tensor:
+        return w.call(self.kernels.run, x, kernel=kernel, config=config)
+
+    def bytes(self, m: int, n: int, k: int, item: int) -> int:
+        return item * m * k * (2 * self.num_kv_heads * n + 2 * self.num_heads + 2 * self.num_kv_heads)
+
+    def flops(self, m: int, n: int, k: int) -> int:
+        return 4 * m * self.num_heads * n * k
+
+
 # The ops of dense layers: one matrix of weights.
 OPS = {
     op.name: op
@@ -159,17 +225,23 @@ OPS = {
         Op("gated_gemm", ("gate_up", "shared_gate_up"), stacked=2),
     )
 }
-TUNABLE = {**OPS, "experts": ExpertsOp("experts", ("experts_gate_up",), stacked=2)}
+TUNABLE = {
+    **OPS,
+    "attention": AttentionOp("attention", ("attention",)),
+    "experts": ExpertsOp("experts", ("experts_gate_up",), stacked=2),
+}
 
 
 def op_named(name: str) -> Op:
-    """An op by its name in the tables, `experts_8_2`, or by that of all its kind, `experts`.
+    """An op by its name in the tables, `experts_8_2`, `attention_32_8`, or by that of all its kind, `experts`.
 
     Raises:
         ValueError: there is none.
     """
     if found := re.fullmatch(r"experts_([1-9]\d{0,3})_([1-9]\d{0,3})", name):
         return replace(TUNABLE["experts"], name=name, num_experts=int(found[1]), top_k=int(found[2]))
+    if found := re.fullmatch(r"attention_([1-9]\d{0,3})_([1-9]\d{0,3})", name):
+        return replace(TUNABLE["attention"], name=name, num_heads=int(found[1]), num_kv_heads=int(found[2]))
     if name not in TUNABLE:
         raise ValueError(f"there is no op {name!r}; choose of {', '.join(TUNABLE)}")
     return TUNABLE[name]

@@ -8,6 +8,8 @@ come out as they run. A role is a GEMM of the decoder, its weight [N, K] as one 
     lm_head          the rank's part of the vocabulary
     experts_gate_up, experts_down    one of the `num_experts` matrices of a MoE layer
     shared_gate_up, shared_down      the expert that every token of a MoE layer takes
+
+Decode attention is none of them: its "matrix" is the cache of one sequence and head, [tokens, head size].
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class KernelShape:
         rank: the first rank that has it; not 0 where a cut is uneven.
         count: how many layers run it.
         num_experts: matrices of this shape in a layer, of which `top_k` serve a token; 0 for a dense layer.
+        num_heads, num_kv_heads: of attention; else 0.
     """
 
     model: str
@@ -75,6 +78,8 @@ class KernelShape:
     count: int = 1
     num_experts: int = 0
     top_k: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -103,6 +108,23 @@ def kernel_shapes(model: str, plan: Plan, top_k: int = 0) -> list[KernelShape]:
                 moe = {"num_experts": experts[0], "top_k": top_k} if experts else {}
                 shape = KernelShape(model, role, plan.tp_size, n, k, rank, stacked[0].count, **moe)
                 found.setdefault((role, n, k), shape)
+    return list(found.values())
+
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)  # tokens that a cache has room for
+
+
+def attention_shapes(model: str | os.PathLike, tp_size: int, dtype: str = "bfloat16") -> list[KernelShape]:
+    """The decode attention of every rank of a model (see `model_shapes`), equal ones once."""
+    config = config_of(model)
+    plan = make_plan(config, tp_size, dtype=dtype)
+    found: dict[tuple, KernelShape] = {}
+    for rank, heads in enumerate(plan.heads):
+        for context in CONTEXTS:
+            sizes = {"num_heads": heads.num_heads, "num_kv_heads": heads.num_kv_heads}
+            name, layers = os.fspath(model), config["num_hidden_layers"]
+            shape = KernelShape(name, "attention", tp_size, context, plan.head_dim, rank, layers, **sizes)
+            found.setdefault((context, *sizes.values()), shape)
     return list(found.values())
 
 

@@ -1,7 +1,7 @@
 """Measures which kernel is fastest for the shapes that a model's layers call on this GPU, and writes it down.
 
-    python -m bench.tune --model PATH|ID|NAME ... [--tp N ...] [--m 1,2,4] [--op gemm,gated_gemm,experts]
-    python -m bench.tune --shape 7168x8192 ... [--op gemm,gated_gemm,experts_8_2]
+    python -m bench.tune --model PATH|ID|NAME ... [--tp N ...] [--m 1,2,4] [--op gemm,gated_gemm,attention,experts]
+    python -m bench.tune --shape 7168x8192 ... [--op gemm,gated_gemm,attention_32_8,experts_8_2]
 
 How a row comes about: `bench/choice.py`. Where it is written, and what reads it: `kernels/tuned.py`; with --ship it
 goes to the table in this checkout. Each row is written as soon as it is measured, and one that this Triton has measured
@@ -30,14 +30,15 @@ from bench import timing
 from bench.choice import Task, Timer, measure
 from bench.compiled import recording
 from bench.kernel_ops import OPS, TUNABLE, Op, op_named
-from bench.kernel_shapes import MODELS, KernelShape, model_shapes
+from bench.kernel_shapes import MODELS, KernelShape, attention_shapes, model_shapes
 from bench.record import say, table
 from tp_runtime.estimate import Device, find_device
 from tp_runtime.kernels import tuned
 
 # Tokens of a call, the most valuable first: one sequence, some, many, then prompts.
 M_ORDER = (1, 16, 4, 64, 32, 8, 2, 2048, 4096, 1024, 512, 8192, 128, 256)
-MOST_HEAD_TOKENS = 256  # lm_head sees the last token of each sequence
+# What has one token of each sequence: lm_head, and decode attention, whose caches fill the memory.
+MOST_TOKENS = {"lm_head": 256, "attention": 64}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ESTIMATED_FOR, ESTIMATED_ARCH = "NVIDIA H200", 90  # without a GPU that we have figures of
 
@@ -52,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shape", nargs="+", type=_shape, default=[], metavar="NxK", help="tune these shapes")
     text = f"tokens of a call; default: powers of two to {max(M_ORDER)}"
     p.add_argument("--m", type=_ms, default=[], metavar="M,M", help=text)
-    text = f"of {', '.join(TUNABLE)}; default: all that there are shapes for; experts_E_K: K experts of E a token"
+    of_kind = "experts_E_K: K experts of E a token; attention_Q_KV: heads"
+    text = f"of {', '.join(TUNABLE)}; default: all that there are shapes for; {of_kind}"
     p.add_argument("--op", type=_ops, metavar="OP,OP", help=text)
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     p.add_argument("--budget-s", "--budget_s", type=float, metavar="S", help="seconds to end in; default: no limit")
@@ -99,7 +101,7 @@ def tasks(
     for shape in shapes:
         for op in (op.on(shape) for op in ops if shape.role in op.roles or (any_role and op.name in OPS)):
             for m in sorted(set(map(tuned.bucket, ms or M_ORDER))):
-                if ms or shape.role != "lm_head" or m <= MOST_HEAD_TOKENS:
+                if ms or m <= MOST_TOKENS.get(shape.role, m):
                     task = Task(op, shape, m, DTYPES[dtype])
                     found.setdefault(task.key, task)
     return sorted(found.values(), key=lambda t: (M_ORDER.index(t.m), -t.shape.num_weights))
@@ -108,12 +110,16 @@ def tasks(
 def asked_shapes(args: argparse.Namespace) -> list[KernelShape]:
     """The shapes of --model and --tp, and those of --shape in the roles of each op."""
     shapes = [s for model in args.model for tp in args.tp for s in model_shapes(model, tp, args.dtype)]
+    shapes += [s for model in args.model for tp in args.tp for s in attention_shapes(model, tp, args.dtype)]
     for n, k in args.shape:
         for op in args.op or OPS.values():
             if op == TUNABLE["experts"]:
                 raise ValueError("--op experts says not how many beside --shape; --op experts_8_2 does: 2 of 8 a token")
-            experts = {"num_experts": op.num_experts, "top_k": op.top_k}
-            shapes.append(KernelShape(f"{n}x{k}", op.roles[0], 1, op.stacked * n, k, **experts))
+            if op == TUNABLE["attention"]:
+                raise ValueError("--op attention says not how many heads beside --shape; --op attention_32_8 does")
+            names = "num_experts", "top_k", "num_heads", "num_kv_heads"
+            counts = {name: getattr(op, name, 0) for name in names}
+            shapes.append(KernelShape(f"{n}x{k}", op.roles[0], 1, op.stacked * n, k, **counts))
     if not shapes:
         raise ValueError("nothing to tune: give --model or --shape")
     return shapes

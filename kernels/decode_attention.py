@@ -52,7 +52,14 @@ def decode_attention_ref(
         mask = _visible(length, capacity, lengths, mask, window, q.device)
     if softcap is None and sinks is None:
         is_grouped = kv_of_query is None and num_heads != num_kv_heads
+        if is_grouped and mask is not None and length == 1:
+            # Where heads are grouped, a mask keeps torch from its fast kernels: one's heads become rows.
+            q = q.reshape(batch, num_kv_heads, -1, head_dim)
+            if mask.shape[1] > 1:
+                mask = mask.expand(batch, num_heads, 1, capacity).reshape(batch, num_kv_heads, -1, capacity)
+            is_grouped = False
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=is_grouped)
+        y = y.reshape(batch, num_heads, length, head_dim)
     else:
         y = _softmax_ref(q, keys, values, scale, mask, softcap, sinks)
     return y.transpose(1, 2).reshape(batch, length, num_heads * head_dim)

@@ -23,8 +23,16 @@ def load_factor(weight_ptr, offs_n, N: tl.constexpr, UNIT_OFFSET: tl.constexpr):
 
 
 @triton.jit
+def _centered(x, offs_n, N: tl.constexpr):
+    """x - mean(x), 0 beyond N; the second time takes away what rounding has left of a large mean."""
+    for _ in tl.static_range(2):
+        x = tl.where((offs_n < N)[None, :], x - (tl.sum(x, 1) / N)[:, None], 0.0)
+    return x
+
+
+@triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, post_weight_ptr, weight_ptr, h_ptr, y_ptr, M, stride_xm, eps, residual_multiplier,
+    x_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, M, stride_xm, eps, residual_multiplier,
     N: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,7 +62,11 @@ def _rms_norm_kernel(
         tl.store(h_ptr + rows, h, mask=mask)
         x = h.to(tl.float32)
     if weight_ptr is not None:
+        if bias_ptr is not None:
+            x = _centered(x, offs_n, N)
         y = x * inverse_rms(x, eps, N) * load_factor(weight_ptr, offs_n, N, UNIT_OFFSET)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         tl.store(y_ptr + rows, y.to(dtype), mask=mask)
 
 
@@ -66,6 +78,7 @@ def run(
     unit_offset: bool = False,
     residual_multiplier: float = 1.0,
     post_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """The launch: [y], or [y, h] with a residual, or [h] with a residual and no weight. Rows are at most MAX_WIDTH."""
     n = x.shape[-1]
@@ -77,7 +90,7 @@ def run(
         block_m = max(1, 2048 // block_n)  # of short rows a few to a program
         grid = (triton.cdiv(len(rows), block_m),)
         _rms_norm_kernel[grid](
-            rows, None if residual is None else residual.contiguous(), post_weight, weight, h, y,
+            rows, None if residual is None else residual.contiguous(), post_weight, weight, bias, h, y,
             len(rows), rows.stride(0), eps, residual_multiplier, N=n, UNIT_OFFSET=unit_offset,
             BLOCK_M=block_m, BLOCK_N=block_n, PDL=has_pdl(),
             num_warps=min(32, max(4, block_m * block_n // 512)), **launch_options(),

@@ -4,6 +4,9 @@
 
 Each program rotates the few query heads that it needs; the one with part 0 of a sequence also makes k and writes k and
 v into the cache.
+
+On CUDA the one launch runs where it was measured to be faster (see `tuned`) than `rope_and_cache` and torch's SDPA,
+which run what nobody has measured.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 
 from .decode_attention import check_attention, decode_attention_ref, is_known
 from .rope import check_rope, rope_and_cache, rope_and_cache_ref
+from .tuned import TORCH, lookup
 
 
 def rope_decode_attention_ref(
@@ -47,6 +51,68 @@ def _attend(attention, q, keys, values, positions, scale, kv_of_query, mask, *op
         lengths, held = (positions.reshape(-1) + 1).expand(len(q)), keys.shape[2]
     keys, values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
     return attention(q, keys, values, scale, kv_of_query, lengths, None if mask is None else mask[..., :held], *options)
+
+
+def op_name(num_heads: int, num_kv_heads: int) -> str:
+    """The op's name in the tables of `tuned`, where it stands with N = the next power of two of the cache's
+    capacity, K = D and M = B."""
+    return f"attention_{num_heads}_{num_kv_heads}"
+
+
+def _chosen(q: torch.Tensor, keys: torch.Tensor):
+    """The configuration that was measured to be the fastest for these shapes; None: torch."""
+    from .decode_attention_kernel import CANDIDATES
+
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, capacity = keys.shape[1:3]
+    room = 1 << max(capacity - 1, 0).bit_length()  # a bucket, as those of M, without an end
+    row = lookup(op_name(num_heads, num_kv_heads), q, room, head_dim, max(batch, 1), CANDIDATES)
+    return None if row is None or row["kernel"] == TORCH else row["config"]
+
+
+def run(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    signed_sin: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: int | torch.Tensor,
+    scale: float,
+    kv_of_query: tuple[int, ...] | None = None,
+    mask: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    *,
+    kernel: str = "split",
+    config=None,
+) -> torch.Tensor:
+    """`rope_decode_attention` by the kernel of this name, or "torch", in this configuration, whatever was measured.
+
+    Torch's way takes a mask for all that there is to say where positions are on the device: nothing combines the two.
+    """
+    norm = (q_weight, k_weight, eps, unit_offset)
+    if kernel == TORCH:
+        q = rope_and_cache(qkv, cos, signed_sin, keys, values, positions, *norm)
+        place = positions if mask is None or isinstance(positions, int) else keys.shape[2] - 1
+        return _attend(decode_attention_ref, q, keys, values, place, scale, kv_of_query, mask, window, softcap, sinks)
+    from .decode_attention_kernel import New, run
+
+    q = _queries(qkv, keys)
+    if cos is not None and signed_sin is not None:
+        cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
+    lengths, ahead = (None, positions + 1) if isinstance(positions, int) else (positions, 1)
+    options = (scale, kv_of_query, lengths, mask, window, softcap, sinks)
+    return run(q, keys, values, *options, new=New(cos, signed_sin, *norm), ahead=ahead, config=config)
+
+
+def _queries(qkv: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q [B, H_q, 1, D] before norm and rotation, as a view of qkv."""
+    return qkv.unflatten(2, (-1, keys.shape[3])).transpose(1, 2)[:, : -2 * keys.shape[1]]
 
 
 def rope_decode_attention(
@@ -119,23 +185,16 @@ def _op(
     if mask is not None and mask.shape[-1] < needed:
         raise ValueError(f"mask {[*mask.shape]} does not reach the token at {needed - 1}")
     kv_of_query = None if kv_of_query is None else tuple(kv_of_query)
-    q = qkv.unflatten(2, (-1, head_dim)).transpose(1, 2)[:, : -2 * num_kv_heads]
+    q = _queries(qkv, keys)
     of_cache = None if mask is None else mask[..., :1].expand(*mask.shape[:3], capacity)
     check_attention(q, keys, values, kv_of_query, None, of_cache, sinks)
     where = first if positions is None else positions
-    norm = (q_weight, k_weight, eps, unit_offset)
+    options = (scale, kv_of_query, mask, window, softcap, sinks, q_weight, k_weight, eps, unit_offset)
     if not qkv.is_cuda:
-        options = (scale, kv_of_query, mask, window, softcap, sinks, *norm)
         return rope_decode_attention_ref(qkv, cos, signed_sin, keys, values, where, *options)
-    if not is_known(q, keys, kv_of_query):
-        q = rope_and_cache(qkv, cos, signed_sin, keys, values, where, *norm)
-        return _attend(decode_attention_ref, q, keys, values, where, scale, kv_of_query, mask, window, softcap, sinks)
-    from .decode_attention_kernel import New, run
-
-    if cos is not None:
-        cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
-    new, ahead = New(cos, signed_sin, *norm), first + 1
-    return run(q, keys, values, scale, kv_of_query, positions, mask, window, softcap, sinks, new=new, ahead=ahead)
+    config = _chosen(q, keys) if is_known(q, keys, kv_of_query) else None
+    kernel = TORCH if config is None else "split"
+    return run(qkv, cos, signed_sin, keys, values, where, *options, kernel=kernel, config=config)
 
 
 def _fake(qkv, cos, signed_sin, keys, *options, **named):

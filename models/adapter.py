@@ -116,7 +116,8 @@ class Adapter:
             not listed is false.
             Beside weights: `renormalised`, whether the weights of a token's experts are made to sum to 1; `windowed`,
             whether the attention function is told the config's sliding window; `no_rope_layers`, whether the config's
-            list of that name says which layers know no positions.
+            list of that name says which layers know no positions; `untold_positions`, whether a layer keeps the
+            position ids from its attention function.
         widths: the config value that holds the size of each letter of an intermediate size.
         activation: the config value that names the feed-forward block's activation.
         feed_forward: name of the feed-forward block in a decoder layer.
@@ -127,8 +128,11 @@ class Adapter:
         rope: which elements of a head the rotary embedding turns together: `halves`, i and i + D / 2, or `pairs`, 2i
             and 2i + 1; `partial halves`: of a part of the head, which the config gives; `float32 halves`: in float32.
         rope_types: how a config may stretch the positions.
+        norms: names of a layer's norms: before attention, behind it, before the feed-forward block, behind it; empty
+            where there is none.
         norm: what a normed row is multiplied with: `weight`, the row rounded to the model's dtype before, or, both in
             float32, `float32 weight` or `1 + weight`.
+        residual_multiplier: the layer's attribute that what is added to the residual stream is multiplied with.
         layer_types: what the config may call its layers.
         attention_softcap: the config value that attention scores are capped with before the softmax, softly:
             cap * tanh(score / cap).
@@ -153,7 +157,9 @@ class Adapter:
     sparse_layers_list: str = ""
     rope: str = "halves"
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     norm: str = "weight"
+    residual_multiplier: str = ""
     layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     attention_softcap: str = ""
     logits_softcap: str = ""
@@ -300,6 +306,11 @@ def norm(name: str, part: str = "weight") -> Weight:
 
 
 ATTENTION = (norm("input_layernorm"), *PROJECTIONS, norm("post_attention_layernorm"))
+# Of a family with norms before and behind both parts of a layer (Gemma).
+NORMS_AROUND = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 
 
 def gated_ffn(block: str = "mlp", width: str = "ffn", layers: str = "dense") -> tuple[Weight, ...]:

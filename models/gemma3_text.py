@@ -3,7 +3,7 @@
 transformers' Gemma 3 does not cap attention scores, whatever the config says.
 """
 
-from .adapter import ATTENTION, EMBEDDING, HEAD, Adapter, gated_ffn, norm
+from .adapter import ATTENTION, EMBEDDING, HEAD, NORMS_AROUND, Adapter, gated_ffn, norm
 
 ADAPTER = Adapter(
     model_type="gemma3_text",
@@ -14,6 +14,7 @@ ADAPTER = Adapter(
     defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm": True, "windowed": True},
     activation="hidden_activation",
+    norms=NORMS_AROUND,
     norm="1 + weight",
     logits_softcap="final_logit_softcapping",
     module="gemma3",

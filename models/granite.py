@@ -6,5 +6,6 @@ ADAPTER = Adapter(
     model_type="granite",
     weights=(EMBEDDING, *ATTENTION, *gated_ffn(), *HEAD),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    residual_multiplier="residual_multiplier",
     logits_scaling="logits_scaling",
 )

@@ -9,6 +9,7 @@ ADAPTER = Adapter(
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     feed_forward="block_sparse_moe",
     routing=Routing("softmax_top_k", router="router"),
+    residual_multiplier="residual_multiplier",
     logits_scaling="logits_scaling",
     # The published checkpoints store the experts packed, as here, under other names.
     on_disk={

@@ -18,7 +18,12 @@ ADAPTER = Adapter(
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 16384,
     },
-    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "no_rope_layers": True},
+    flags={
+        "qkv_bias": "attention_bias",
+        "o_bias": "attention_bias",
+        "no_rope_layers": True,
+        "untold_positions": True,
+    },
     widths={"ffn": "intermediate_size_mlp"},
     feed_forward="feed_forward",
     routing=Routing("sigmoid", weigh_input=True, router="router", shared="shared_expert", returns_logits=True),

@@ -10,5 +10,6 @@ ADAPTER = Adapter(
     ),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "wide_qk_norm": True},
     rope="float32 halves",
+    norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
     norm="float32 weight",
 )

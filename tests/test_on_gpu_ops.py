@@ -10,13 +10,14 @@ import pytest
 import torch
 from interpreted import interpreted
 
-from bench import bench_attention, bench_experts
+from bench import bench_attention, bench_experts, bench_layer
 from bench.compiled import recording
 from bench.gpu_section import Options
 from bench.on_gpu import all_reduce, block_ops, calls, experts, speed, tuning
 from bench.on_gpu.calls import Call, Form, check_exact, check_steady
 from tp_runtime.kernels import all_reduce as all_reduce_kernels
 from tp_runtime.kernels import grouped_gemm, tuned
+from tp_runtime.kernels import rope_decode_attention as torch_attention
 
 # -inf - -inf, in rows of a tile that are no token
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
@@ -118,7 +119,7 @@ def test_norms_and_top_k_interpreted():
     """Catches a section that calls the kernels in a way that they do not have."""
     norms = block_ops.norm_forms(3, 70, "float16", "cpu", interpreted("rms_norm_kernel").run)
     row = check_exact("norm", norms, "cpu")
-    assert row["is_ok"] and row["right"] == 7, row
+    assert row["is_ok"] and row["right"] == 8, row
     top_k = block_ops.top_k_forms(2, 300, "float16", "cpu", interpreted("vocab_top_k_kernel").run)
     row = check_exact("top-k", top_k[:2], "cpu")
     assert row["is_ok"] and row["right"] == 2, row
@@ -171,8 +172,9 @@ def test_rope_and_cache_interpreted():
     assert len(row["wrong"]) == 2
 
 
-def test_lengths_change_from_draw_to_draw():
+def test_lengths_change_from_draw_to_draw(monkeypatch):
     """Catches a replay that finds the lengths with which it was captured: it could be right without reading them."""
+    monkeypatch.setitem(block_ops.KERNELS, "rope_decode_attention", torch_attention.rope_decode_attention)
     call = block_ops.attention_calls(2, 4, 2, 70, 32, "cpu", "float32")["rope_decode_attention"]()
     results = []
     for seed in (1, 2, 1):
@@ -354,6 +356,9 @@ def test_speed_rows_on_the_cpu():
     assert row["ours_us"]["median"] > 0 and row["runs"] == "reference"
     (row,) = speed.attention(options, "cpu", [bench_attention.Case("llama-3-70b tp8", 1, 64, "float32")], repeats=1)
     assert row["ours_us"]["median"] > 0 and row["bytes"] > 0
+    (row,) = speed.layer(options, "cpu", [bench_layer.Case(bench_layer.TINY, 1, 16, "float32")], repeats=1)
+    assert row["ours_us"]["median"] > 0 and set(row["parts_us"]) >= {"qkv", "attention", "norm ahead"}
+    assert row["rms_ratio"] <= 2 and row["layers"] >= 8 and row["ours_kernels"] is None
     (row,) = speed.norm(options, "cpu", [(2, 64, "float32")], repeats=1)
     assert row["torch_us"]["median"] > 0
 

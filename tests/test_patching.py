@@ -221,8 +221,9 @@ def assistant_of(name: str):
 @functools.cache
 def said(name: str, mode: str) -> list[torch.Tensor]:
     """What the unpatched model gives in a mode, the draws seeded with 3."""
+    models = reference(name).copy(), assistant_of(name)  # building them draws, too
     torch.manual_seed(3)
-    return {**MODES, **SAMPLED}[mode](reference(name).copy(), assistant_of(name))
+    return {**MODES, **SAMPLED}[mode](*models)
 
 
 def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:

@@ -30,10 +30,12 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def exact(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None):
+def exact(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None):
     """The equation in float64; h is rounded where the model's own residual stream is."""
 
     def norm(x, weight):
+        if bias is not None:
+            return torch.layer_norm(x, weight.shape, weight.double(), bias.double(), EPS)
         return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + unit_offset)
 
     if residual is None:
@@ -49,10 +51,12 @@ def inputs(shape, dtype):
     return x, residual, *(torch.randn(shape[-1]).to(dtype) for _ in range(2))
 
 
-def torch_norm(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None):
+def torch_norm(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None):
     """As Hugging Face's modules compute, one after the other."""
 
     def norm(x, weight):
+        if bias is not None:
+            return torch.layer_norm(x, weight.shape, weight, bias, EPS)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
         return (y * (1 + weight.float())).to(x.dtype) if unit_offset else weight * y.to(x.dtype)
 
@@ -82,6 +86,20 @@ def test_kernel(shape, dtype, unit_offset):
             want, theirs = (want,), (theirs,)
         for got, wanted, beside in zip(outputs, want, theirs, strict=True):
             assert_as_exact_as(got, beside, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096), (33, 70), (40, 16)], ids=str)
+def test_layer_norm(shape, dtype):
+    """Catches a mean over the padded width, one that is not subtracted, a variance about 0, a bias left out."""
+    x, residual, weight, bias = inputs(shape, dtype)
+    residual = residual + 3
+    (y,) = kernel.run(residual, weight, EPS, bias=bias)
+    assert_as_exact_as(y, torch_norm(residual, weight, bias=bias), exact(residual, weight, bias=bias))
+    outputs = kernel.run(x, weight, EPS, residual, bias=bias)
+    want, theirs = (norm(x, weight, residual, bias=bias) for norm in (exact, torch_norm))
+    for got, wanted, beside in zip(outputs, want, theirs, strict=True):
+        assert_as_exact_as(got, beside, wanted)
 
 
 def test_kernel_returns_h_alone_without_weight():
@@ -127,6 +145,8 @@ def test_cpu_form_is_hugging_faces(dtype):
         assert y is h
     y, h = rms_norm(x, weight, EPS, residual, residual_multiplier=0.5)
     assert torch.equal(h, residual + x * 0.5)
+    y, h = rms_norm(x, weight, EPS, residual, bias=post_weight)
+    assert torch.equal(y, torch.layer_norm(residual + x, (64,), weight, post_weight, EPS))
 
 
 def op_arguments():
@@ -135,6 +155,7 @@ def op_arguments():
     for offset, post in itertools.product((False, True), (None, post_weight)):
         yield (x, weight, EPS, residual, offset, 1.0, post)
     yield (x, None, EPS, residual)
+    yield (x, weight, EPS, residual, False, 1.0, None, post_weight)
     yield (torch.randn(4, 2, 45).transpose(0, 1), weight, EPS)
 
 
@@ -165,6 +186,8 @@ def test_compiles_into_one_op():
         ({"weight": torch.ones(128)[::2]}, "contiguous"),
         ({"residual": torch.ones(2, 1, 64)}, r"residual is \[2, 1, 64\]"),
         ({"residual": torch.ones(2, 64).half()}, "float16"),
+        ({"bias": torch.ones(63)}, r"bias is \[63\].*contiguous \[64\]"),
+        ({"bias": torch.ones(64), "unit_offset": True}, "a layer norm, with a bias"),
     ],
     ids=str,
 )
@@ -180,7 +203,8 @@ def test_gpu():
     """Catches what only the compiled kernel does: bfloat16, wide loads, dependent launches; and a race."""
     for shape in [(1, 4096), (64, 8192), (33, 2880), (1000, 128), (3, 32768)]:
         x, residual, weight, post_weight = (t.cuda() for t in inputs(shape, torch.bfloat16))
-        for options in ({}, {"residual": residual}, {"residual": residual, "post_weight": post_weight}):
+        forms = ({}, {"residual": residual}, {"residual": residual, "post_weight": post_weight})
+        for options in (*forms, {"residual": residual, "bias": post_weight}):
             outputs = compiled.run(x, weight, EPS, **options)
             want, theirs = exact(x, weight, **options), torch_norm(x, weight, **options)
             if not options:

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 import tp_runtime
 from bench import kernel_ops, kernel_shapes, timing, tune
 from bench.choice import SCREEN_REPEATS, Task, measure
-from bench.kernel_ops import OPS, ExpertsOp, Op
+from bench.kernel_ops import OPS, AttentionOp, ExpertsOp, Op
 from bench.kernel_shapes import MODELS, PUBLISHED_CUBLAS_US, SKINNY, KernelShape, model_shapes
 from bench.kernel_shapes import shape as named_shape
 from tests.interpreted import interpreted
 from tp_runtime import layers
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.estimate import find_device
-from tp_runtime.kernels import tuned
+from tp_runtime.kernels import decode_attention_kernel, rope_decode_attention, tuned
 from tp_runtime.plan import make_plan
 
 H200 = find_device("NVIDIA H200")
@@ -303,6 +303,34 @@ def test_experts_get_through_the_choice():
     assert row["kernel"] in ("decode", "prefill") and (row["us"], row["torch_us"]) == (8, None)
     assert task.key == (interpreted("grouped_gemm").op_name(3, 2), "float16", 24, 32, 8)
     assert tune.result(task, row, H200)[5] == "waits for the device"
+
+
+class InterpretedAttention(AttentionOp):
+    @property
+    def kernels(self):
+        return interpreted("rope_decode_attention")
+
+    def candidates(self, m, n, k, dtype):
+        return super().candidates(m, n, k, dtype)[-1:]
+
+
+def test_attention_gets_through_the_choice():
+    """Catches attention whose row is not the one that a decode step looks up, and caches that are not its size."""
+    shape = KernelShape("tiny", "attention", 1, 64, 16, num_heads=4, num_kv_heads=2)
+    (task,) = tune.tasks([shape], [InterpretedAttention("attention", ("attention",))], ms=[2], dtype="float16")
+
+    def timer(contenders, num_copies, repeats, device):
+        assert all(call(num_copies - 1).shape == (2, 1, 4 * 16) for call in contenders.values())
+        return {name: [10.0 if name == "torch" else 5.0] * repeats for name in contenders}
+
+    row = measure(task, "cpu", timer)
+    assert row["kernel"] == "split" and task.limit_us(H200) > 0
+    tuned.save_rows(tuned.user_file("cpu"), "cpu", [row])
+    tuned.forget()
+    q, keys = torch.empty(2, 4, 1, 16, dtype=torch.float16), torch.empty(2, 2, 60, 16, dtype=torch.float16)
+    assert rope_decode_attention._chosen(q, keys) == decode_attention_kernel.CANDIDATES["split"][-1]
+    assert rope_decode_attention._chosen(q[:1], keys[:1]) is None
+    tuned.forget()
 
 
 def test_limit_of_experts():

@@ -1,234 +1,159 @@
-"""The decoder block that the layers are assembled into: attention, gated FFN, rotary embedding.
+"""The fused decoder block: what takes the place of a decoder layer's `forward`, assembled from the adapter's data.
 
-One rank's view of a block, for tokens x [B, S, H]:
+One rank's view, for tokens x [B, S, H]; h is the residual stream; a family has norms before its two parts, behind them,
+or both (`Adapter.norms`):
 
-    q, k, v = qkv_proj(norm(x))            this rank's heads
-    q, k    = rope(q, k)                   in one pass over both
-    x       = x + o_proj(attention(q, k, v))    all-reduce
-    x       = x + down_proj(act(gate) * up)     all-reduce
+    y    = norm(x)
+    y    = o_proj(attention(qkv_proj(y)))      all-reduce
+    h, y = x + y, norm(x + y)                  one launch; where a norm stands behind: x + norm(y), and its norm
+    y    = down_proj(act(gate) * up)           all-reduce; or the experts
+    h, y = h + y, next_norm(h + y)             one launch; the next layer's norm, at last the model's
+
+A layer returns h, as Hugging Face's does: hooks and recorded hidden states are those of the unpatched model. What it
+has normed for the next layer it leaves in `Ahead`; who norms h takes it from there if handed that very tensor, and else
+norms what it is handed. So layers may be left out, cut short, called alone, or run in two lanes.
+
+At decode a dense layer is seven launches: q k v, attention with rope and cache, o, norm, gate and up, down, norm.
 """
 
 from __future__ import annotations
 
-import sys
+import inspect
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.modules import module as of_all_modules
 
-from .layers import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from .kernels.rms_norm import rms_norm
+from .layers import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from .model_config import FUSED_ACTIVATIONS
-from .plan import HeadPlan, Range
-
-_HF_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
+from .models.adapter import Adapter
 
 
-class RotaryEmbedding(nn.Module):
-    """Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
+class Ahead:
+    """What one layer of a model has normed for the next: at most one tensor, and none when a pass has ended.
 
-    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed
-    once a forward pass, not once a layer.
-
-    Args:
-        rope: which elements of a head turn together, as in `Adapter.rope`.
-
-    Returns:
-        `halves`: cos and signed sin, [B, 1, S, D] each, D of what is turned; `pairs`: cos + i sin, [B, 1, S, D / 2].
+    Threads may share it, and lanes do: whoever takes compares by identity, and what is lost is computed again.
     """
 
-    def __init__(self, rotary_emb: nn.Module, rope: str = "halves"):
-        super().__init__()
-        self.rotary_emb, self.rope = rotary_emb, rope
+    def __init__(self):
+        self.is_open = False
+        self._left: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
 
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str
-    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        if self.rope == "pairs":
-            return self.rotary_emb(x, position_ids=position_ids).unsqueeze(1)
-        cos, sin = self.rotary_emb(x, position_ids, *layer_type)
-        low, high = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)
+    def during(self, forward: Callable) -> Callable:
+        """`forward` of the whole model. Outside of it nothing is left: nobody might come to take it."""
 
+        def forward_with_look_ahead(*args, **kwargs):
+            self.is_open = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.is_open, self._left = False, None
 
-class WideRMSNorm(nn.Module):
-    """RMS norm over the width of all heads, of which each rank has a part.
+        return forward_with_look_ahead
 
-        y = x / sqrt(sum(x^2) / width + eps) * weight          the sum over all ranks' heads
+    def leave(self, norm: nn.Module, h: torch.Tensor, y: torch.Tensor) -> None:
+        """y is norm(h)."""
+        self._left = norm, h, y
 
-    Args:
-        width: of all heads.
-        part: this rank's elements of it.
-        counted: those of them that it answers for in the sum: of the ranks that hold the same head, the first.
-        is_rounded: whether the normed x is rounded before the weight; else once, after it.
-    """
-
-    def __init__(
-        self, width: int, part: Range, counted: Range, eps: float, like: torch.Tensor, is_rounded: bool = True
-    ):
-        super().__init__()
-        self._is_rounded = is_rounded
-        weight = torch.empty(part[1] - part[0], dtype=like.dtype, device=like.device)
-        self.weight, self.width, self.eps = nn.Parameter(weight, requires_grad=False), width, eps
-        self._counted = slice(counted[0] - part[0], counted[1] - part[0])
-
-    def squares(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of sum(x^2), float32: [..., part] -> [..., 1]."""
-        return x[..., self._counted].float().square().sum(-1, keepdim=True)
-
-    def forward(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """[..., part], given the whole sum [..., 1]."""
-        y = x.float() * torch.rsqrt(squares / self.width + self.eps)
-        return self.weight * y.type_as(x) if self._is_rounded else (self.weight * y).type_as(x)
-
-    def shards(self, name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": self.weight.detach()}
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)} of {self.width}, eps={self.eps}"
+    def take(self, norm: nn.Module, h: torch.Tensor) -> torch.Tensor | None:
+        """norm(h), if that is what was left. Nothing is left then."""
+        left, self._left = self._left, None
+        return left[2] if left is not None and left[1] is h and left[0] is norm else None
 
 
-class ParallelAttention(nn.Module):
-    """Attention over a rank's query heads and the key/value heads that they read. Returns the reduced output.
+class LastNorm:
+    """`forward` of the norm behind the last layer."""
 
-    What families do to q and k on the way, each where the config or the family says so:
+    def __init__(self, norm: nn.Module, ahead: Ahead):
+        self._norm, self._ahead = norm, ahead
 
-        norm over all heads, clip (OLMo)   ->  norm of each head  ->  turn by position  ->  norm of each head, or in
-                                                                      layers that know none a growing scale (Llama 4)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        y = self._ahead.take(self._norm, hidden_states)
+        return type(self._norm).forward(self._norm, hidden_states) if y is None else y
 
-    Whatever attention function the model is set to is used (`set_attn_implementation`). Where the heads do not divide,
-    a rank's query heads may be spread unevenly over its key/value heads; then each query head gets its own copy of the
-    one that it reads, after the cache, so that the cache still holds each head once.
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone has hooks on a module: then it is called as one, and on what it would be called with."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or of_all_modules._global_forward_hooks
+        or of_all_modules._global_forward_pre_hooks
+    )
+
+
+class DecoderBlock:
+    """`forward` of one decoder layer of Hugging Face's, whose modules are ours.
 
     Args:
-        attention: Hugging Face's module.
-        rope: which elements of a head turn together, as in `Adapter.rope`.
-        is_windowed: whether the attention function is told the sliding window.
-        softcap: what it is told to cap the scores with, if anything.
+        layer: whose parts are called by the names that the adapter gives them.
+        following: the next layer; None for the last.
+        last_norm: the model's, behind all layers.
+        ahead: shared by the layers of a model.
     """
 
     def __init__(
-        self,
-        attention: nn.Module,
-        heads: HeadPlan,
-        qkv_proj: QKVParallelLinear,
-        o_proj: RowParallelLinear,
-        rope: str = "halves",
-        is_windowed: bool = True,
-        softcap: float | None = None,
+        self, layer: nn.Module, following: nn.Module | None, last_norm: nn.Module, adapter: Adapter, ahead: Ahead
     ):
-        super().__init__()
-        self.config, self.layer_idx = attention.config, attention.layer_idx
-        self.head_dim, self.scaling, self.is_causal = attention.head_dim, attention.scaling, attention.is_causal
-        self.num_heads_local, self.num_kv_heads_local = heads.num_heads, heads.num_kv_heads
-        self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        window = getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
-        self.sliding_window = window if is_windowed else None
-        self._plain_sdpa = _HF_SDPA if softcap is None else None  # it would not cap
-        self._options = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": self.sliding_window}
-        if softcap is not None:
-            self._options["softcap"] = softcap
-        self._eager = sys.modules[type(attention).__module__].eager_attention_forward
-        self._split_q_k = [heads.num_heads, heads.num_kv_heads]
-        self._split_qk_v = [heads.num_heads + heads.num_kv_heads, heads.num_kv_heads]
-        self._num_qkv_heads, self._half = sum(self._split_qk_v), self.head_dim // 2
-        groups, rest = divmod(heads.num_heads, heads.num_kv_heads)
-        is_even = not rest and heads.kv_of_query == tuple(i // groups for i in range(heads.num_heads))
-        self.num_key_value_groups = groups if is_even else 1
-        self._queries_of_kv = [] if is_even else [heads.kv_of_query.count(i) for i in range(heads.num_kv_heads)]
-        has_norms = hasattr(attention, "q_norm")
-        if has_norms:
-            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.has_wide_norm = has_norms and isinstance(self.q_norm, WideRMSNorm)
-        self.has_qk_norm = has_norms and not self.has_wide_norm
-        self._knows_positions = bool(getattr(attention, "use_rope", True))
-        self._turns_halves = rope == "halves" and self._knows_positions
-        self._turns_pairs = rope == "pairs"
-        self._clip = getattr(self.config, "clip_qkv", None)
-        self._last_norm_eps = attention.qk_norm.eps if hasattr(attention, "qk_norm") else None
+        names = adapter.norms
+        parts = layer._modules
+        self._layer, self._ahead, self._feed_forward = layer, ahead, adapter.feed_forward
+        self._norm_in, self._attention_out, self._feed_forward_in, self._feed_forward_out = map(parts.get, names)
+        # Who norms what this layer returns, and its norm.
+        self._taker = following if following is not None else last_norm
+        self._norm_ahead = last_norm if following is None else following._modules.get(names[0])
+        self._scale = float(getattr(layer, adapter.residual_multiplier)) if adapter.residual_multiplier else 1.0
+        self._eps = last_norm.eps
+        self._is_unit_offset = getattr(last_norm, "unit_offset", False)  # torch's layer norm says nothing
+        self._untold = ("position_ids",) if adapter.flag("untold_positions", {}) else ()
+        self._argument_names = list(inspect.signature(layer.forward).parameters)[1:]
+        assert all(norm is None or norm.eps == self._eps for norm in map(parts.get, names))
 
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[torch.Tensor, None]:
-        """
-        Args:
-            hidden_states: [B, S, H], whole on every rank.
-            position_embeddings: what `RotaryEmbedding` returns.
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H], whole on every rank; arguments as of Hugging Face's layer."""
+        kwargs.update(zip(self._argument_names, args))
+        for name in self._untold:
+            kwargs.pop(name, None)
+        parts, norm, x = self._layer._modules, self._norm_in, hidden_states
+        if norm is None:
+            y = x
+        elif (y := self._ahead.take(norm, x)) is None:
+            y = norm(x)
+        y, _ = parts["self_attn"](hidden_states=y, **kwargs)
+        x, y = self._added(x, y, self._attention_out, self._feed_forward_in)
+        y = parts[self._feed_forward](y)
+        if isinstance(y, tuple):  # a sparse block that returns the router's logits as well
+            y = y[0]
+        if not self._looks_ahead():
+            return self._added(x, y, self._feed_forward_out, None)[0]
+        x, y = self._added(x, y, self._feed_forward_out, self._norm_ahead)
+        self._ahead.leave(self._norm_ahead, x, y)
+        return x
 
-        Returns:
-            [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
-        """
-        batch, length, _ = hidden_states.shape
-        modules = self._modules  # nn.Module finds `self.qkv_proj` only after looking everywhere else
-        qkv = modules["qkv_proj"](hidden_states)
-        if self.has_wide_norm:
-            qkv = self._widely_normed(qkv)
-        qkv = qkv.view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
-        qk, v = torch.split_with_sizes(qkv, self._split_qk_v, 1)
-        if self.has_qk_norm:
-            q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        if self._turns_halves:
-            cos, signed_sin = position_embeddings
-            qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
-        else:
-            turn = self._as_in_llama4 if self._turns_pairs else self._turned
-            qk = turn(qk, position_embeddings, past_key_values)
-        q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        if self._queries_of_kv:
-            k, v = self._one_for_each_query(k), self._one_for_each_query(v)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
-        if length == 1 and attention_mask is None and attend is self._plain_sdpa:
-            # One token that sees every key: what Hugging Face's function comes down to, without 4 us of its questions.
-            is_grouped = self.num_key_value_groups > 1
-            y = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=is_grouped).transpose(1, 2)
-        else:
-            y, _ = attend(self, q, k, v, attention_mask, **self._options, **kwargs)
-        return modules["o_proj"](y.reshape(batch, length, -1)), None
+    def _looks_ahead(self) -> bool:
+        """Whether the next norm is applied here: not where a hook may change h before it, or waits for its call."""
+        return (
+            self._ahead.is_open
+            and self._norm_ahead is not None
+            and not self._layer._forward_hooks
+            and not self._taker._forward_pre_hooks
+            and not is_watched(self._norm_ahead)
+        )
 
-    def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
-        """q and k normalised over all ranks' heads, by one all-reduce of two numbers a token; clipped, and v too."""
-        q, k, v = qkv.split([heads * self.head_dim for heads in (*self._split_q_k, self._split_qk_v[1])], -1)
-        squares = self.o_proj.overlap.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
-        qkv = torch.cat((self.q_norm(q, squares[..., :1]), self.k_norm(k, squares[..., 1:]), v), -1)
-        return qkv if self._clip is None else qkv.clamp_(-self._clip, self._clip)
-
-    def _turned(self, qk: torch.Tensor, position_embeddings: tuple, past_key_values) -> torch.Tensor:
-        """q and k [B, H, S, D], the first elements of each head turned, as many as there are angles, and as exactly;
-        none in a layer that knows no positions."""
-        if not self._knows_positions:
-            return qk
-        cos, signed_sin = position_embeddings
-        size = cos.shape[-1]
-        part = qk[..., :size]
-        turned = torch.addcmul(part * cos, part.roll(size // 2, -1), signed_sin).type_as(qk)
-        return turned if size == self.head_dim else torch.cat((turned, qk[..., size:]), dim=-1)
-
-    def _as_in_llama4(self, qk: torch.Tensor, position_embeddings: torch.Tensor, past_key_values) -> torch.Tensor:
-        """q and k [B, H, S, D]: elements 2i and 2i + 1 turned in float32, and normalised; in a layer that knows no
-        positions, q times 1 + attn_scale * log(1 + (position + 1) // floor_scale), positions as in the cache."""
-        if self._knows_positions:
-            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-            qk = torch.view_as_real(pairs * position_embeddings).flatten(-2).type_as(qk)
-            eps = self._last_norm_eps
-            return qk if eps is None else torch.rms_norm(qk, (self.head_dim,), None, eps)
-        if self.config.attn_temperature_tuning:
-            past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
-            positions = torch.arange(qk.shape[2], device=qk.device).float() + past
-            steps = torch.floor((positions + 1) / self.config.floor_scale)
-            qk[:, : self.num_heads_local] *= (torch.log1p(steps) * self.config.attn_scale + 1).unsqueeze(1)
-        return qk
-
-    def _one_for_each_query(self, heads: torch.Tensor) -> torch.Tensor:
-        """[B, H_kv, S, D] -> [B, H_q, S, D], without an index tensor, which would have to travel to the GPU."""
-        parts = zip(heads.split(1, dim=1), self._queries_of_kv, strict=True)
-        return torch.cat([head.expand(-1, count, -1, -1) for head, count in parts], dim=1)
-
-    def extra_repr(self) -> str:
-        heads = f"num_heads_local={self.num_heads_local}, num_kv_heads_local={self.num_kv_heads_local}"
-        return f"{heads}, head_dim={self.head_dim}"
+    def _added(
+        self, residual: torch.Tensor, y: torch.Tensor, behind: nn.Module | None, norm: nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """h = residual + y, or residual + behind(y), and norm(h), or h where there is none: one launch."""
+        if behind is not None and is_watched(behind):
+            y, behind = behind(y), None
+        fused = None if norm is None or is_watched(norm) else norm
+        p = {} if fused is None else fused._parameters
+        behind_weight = None if behind is None else behind._parameters["weight"]
+        options = (self._is_unit_offset, self._scale, behind_weight, p.get("bias"))
+        y, h = rms_norm(y, p.get("weight"), self._eps, residual, *options)
+        return h, y if norm is None or fused is not None else norm(h)
 
 
 class ParallelMLP(nn.Module):

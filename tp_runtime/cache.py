@@ -6,8 +6,24 @@ is written behind the last, and attention reads a view. In every other way a lay
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class Room(NamedTuple):
+    """The memory of a cache's layer, [B, H_kv, capacity, D], and where in it a new token of each sequence belongs."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int | torch.Tensor  # one element, on the device
+    counter: torch.Tensor | None = None
+
+    def written(self) -> None:
+        """The token is there: counts it as held where that is done on the device."""
+        if self.counter is not None:
+            self.counter.add_(1)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -24,17 +40,27 @@ class _RoomyLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = key_states.shape[-2]
-        # Another tensor than ours is where Hugging Face's methods put one: after a reordering, a repetition, a reset.
-        is_ours = self._last_keys is not None and self.keys is self._last_keys
-        held = self.keys.shape[-2] if is_ours else self._move_in(key_states, value_states)
-        if held + new > self.capacity:
-            self.capacity = max(held + new, 2 * self.capacity)
-            self._move_in(key_states, value_states)
+        held = self._take_room(new, key_states, value_states)
         self._key_room.narrow(2, held, new).copy_(key_states)
         self._value_room.narrow(2, held, new).copy_(value_states)
+        return self.keys, self.values
+
+    def next_room(self) -> Room:
+        """Where one more token belongs, which counts as held from now on."""
+        held = self._take_room(1, self.keys, self.values)
+        return Room(self._key_room, self._value_room, held)
+
+    def _take_room(self, new: int, like_keys: torch.Tensor, like_values: torch.Tensor) -> int:
+        """Makes `new` tokens more part of `keys` and `values`; returns how many there were."""
+        # Another tensor than ours is where Hugging Face's methods put one: after a reordering, a repetition, a reset.
+        is_ours = self._last_keys is not None and self.keys is self._last_keys
+        held = self.keys.shape[-2] if is_ours else self._move_in(like_keys, like_values)
+        if held + new > self.capacity:
+            self.capacity = max(held + new, 2 * self.capacity)
+            self._move_in(like_keys, like_values)
         self.keys = self._last_keys = self._key_room.narrow(2, 0, held + new)
         self.values = self._value_room.narrow(2, 0, held + new)
-        return self.keys, self.values
+        return held
 
     def _move_in(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
         """Makes room for `capacity` tokens, with what is held at its beginning; returns how many tokens that is."""
@@ -62,3 +88,19 @@ class KVCache(Cache):
 
     def __init__(self, num_layers: int, capacity: int):
         super().__init__(layers=[_RoomyLayer(capacity) for _ in range(num_layers)])
+
+
+def next_room(cache: Cache, layer_index: int) -> Room | None:
+    """Where one more token of each sequence belongs; the caller writes it, and says so (`Room.written`).
+
+    None for a layer that does not keep its tokens where they are, as those that grow or roll, or that holds none yet.
+    Of Hugging Face's, a static layer without a window does; it counts on the device, so the host waits for nothing.
+    """
+    if cache.offloading or layer_index >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_index]
+    if isinstance(layer, _RoomyLayer):
+        return layer.next_room() if layer.is_initialized else None
+    if type(layer) is StaticLayer and layer.is_initialized:
+        return Room(layer.keys, layer.values, layer.cumulative_length, layer.cumulative_length)
+    return None

@@ -228,13 +228,15 @@ class ParallelLMHead(nn.Module):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; whole on every rank. One op, HF's takes eight."""
 
+    unit_offset = False
+
     def __init__(self, size: int, eps: float, like: torch.Tensor):
         super().__init__()
         self.weight, self.eps = _parameter(size, like=like), eps
         self._shape = (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.rms_norm(x, self._shape, self._parameters["weight"], self.eps)
+        return rms_norm(x, self._parameters["weight"], self.eps, unit_offset=self.unit_offset)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.weight.detach()}
@@ -246,5 +248,4 @@ class RMSNorm(nn.Module):
 class UnitOffsetRMSNorm(RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), all in float32, rounded once (Gemma)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self._parameters["weight"], self.eps, unit_offset=True)
+    unit_offset = True

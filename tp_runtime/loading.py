@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .block import RotaryEmbedding
+from .attention import RotaryEmbedding
 from .checkpoint import read_shards
 from .comm import Communicator, communicator
 from .config import RuntimeConfig

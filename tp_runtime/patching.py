@@ -66,7 +66,7 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     )
     object.__setattr__(model, "_tp_runtime", state)
     state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
-    model.model.forward = in_lanes(model.model, state.overlap)
+    model.model.forward = state.ahead.during(in_lanes(model.model, state.overlap))
     model.generate = generate_in_step(model, comm)
     model.generate_batch = _refuse_continuous_batching
     model.save_pretrained = _refuse_to_save

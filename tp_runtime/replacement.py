@@ -7,6 +7,7 @@ What is replaced, by attribute name, in the instance and never in a class:
     layer.self_attn            ParallelAttention               layer.mlp (sparse)     ParallelMoE
     every RMS norm             RMSNorm, UnitOffsetRMSNorm,     lm_head                ParallelLMHead
                                WideRMSNorm                     a router's forward     routed
+    a layer's forward          DecoderBlock                    model.norm's forward   LastNorm
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .block import ParallelAttention, ParallelMLP, RotaryEmbedding, UngatedMLP, WideRMSNorm
+from .attention import ParallelAttention, RotaryEmbedding, WideRMSNorm
+from .block import Ahead, DecoderBlock, LastNorm, ParallelMLP, UngatedMLP
 from .comm import Communicator, NullCommunicator
 from .experts import ParallelExperts, ParallelMoE, routed
 from .layers import (
@@ -82,6 +84,7 @@ class Patch:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     hooks: list = field(default_factory=list)
+    ahead: Ahead = field(default_factory=Ahead)
     report: PatchReport | None = None
 
     def swap(self, model: nn.Module, path: str, new: nn.Module) -> None:
@@ -101,6 +104,7 @@ def replace_modules(model: nn.Module, state: Patch) -> None:
     for index, layer in enumerate(model.model.layers):
         _replace_layer(model, state, f"model.layers.{index}", layer)
     _replace_norm(model, state, "model.norm")
+    _fuse_layers(model, state)
     _replace_head(model, state)
 
 
@@ -141,6 +145,16 @@ def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) 
     else:
         mlp = _ungated_mlp if hasattr(block, "c_fc") else _mlp
         state.swap(model, path, mlp(model, state, path, state.overlap, like))
+
+
+def _fuse_layers(model: nn.Module, state: Patch) -> None:
+    layers, norm = list(model.model.layers), model.model.norm
+    for layer, following in zip(layers, [*layers[1:], None]):
+        if "forward" in vars(layer):  # someone's own, as accelerate's
+            continue
+        block = DecoderBlock(layer, following, norm, state.adapter, state.ahead)
+        state.hooks.append(_OwnForward(layer, block.forward))
+    state.hooks.append(_OwnForward(norm, LastNorm(norm, state.ahead).forward))
 
 
 def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor) -> None:

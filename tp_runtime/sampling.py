@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .comm import Communicator
 from .kernels.routing import raise_lost
+from .kernels.vocab_top_k import vocab_top_k
 from .local import LocalCommunicator
 
 _DRAWS = frozenset(
@@ -130,9 +131,9 @@ class Sampler:
     def _candidates(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k largest logits of the whole vocabulary and their ids, largest first, [B, k] each, on the CPU."""
         counts = [min(k, n) for n in self.lengths]
-        values, ids = _largest(logits, counts[self.comm.rank])
+        values, ids = _largest(logits, counts[self.comm.rank], self.start)
         # Ids travel as float32, exact below 2^24, so that one gather serves both.
-        pairs = torch.cat((values, (ids + self.start).float()), dim=-1)
+        pairs = torch.cat((values, ids.float()), dim=-1)
         whole = self.comm.all_gather(pairs, [2 * n for n in counts]).cpu()
         raise_lost(logits.device)  # the device has finished the step
         parts = whole.split([n for count in counts for n in (count, count)], dim=-1)
@@ -157,16 +158,8 @@ class Sampler:
         return padded.scatter(1, local, scores)[:, :-1]
 
 
-def _largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row, [B, k], and their places, in order of place; a row that holds a NaN gives a NaN."""
+def _largest(logits: torch.Tensor, k: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, [B, k], and their ids, of equal ones in order; a row that holds a NaN gives a NaN."""
     if k == logits.shape[-1]:
-        return logits, torch.arange(k, device=logits.device).expand(logits.shape)
-    if k == 1:  # of equal ones max takes the first
-        values, places = logits.max(-1, keepdim=True)
-        return values, places
-    top = logits.topk(k).values
-    place = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    # Of those that equal the k-th the first ones: topk alone would take any.
-    turn = torch.where(logits > top[:, -1:], -1, torch.where(logits == top[:, -1:], place, len(place)))
-    places = turn.topk(k, largest=False).indices.sort(-1).values
-    return torch.where(top[:, :1].isnan(), torch.nan, logits.gather(1, places)), places
+        return logits, torch.arange(start, start + k, device=logits.device).expand(logits.shape)
+    return vocab_top_k(logits, k, start)

@@ -67,9 +67,12 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
     weight, post_weight = 1 + 0.2 * torch.randn(2, n, **options)
     small = weight - 1
 
-    def form(name: str, weight: torch.Tensor | None, *tensors: torch.Tensor, **rest: Any) -> Form:
-        def call(function: Callable, x, weight, residual=None, post_weight=None):
-            result = function(x, weight, EPS, residual, post_weight=post_weight, **rest)
+    def form(
+        name: str, weight: torch.Tensor | None, *tensors: torch.Tensor, is_layer_norm: bool = False, **rest: Any
+    ) -> Form:
+        def call(function: Callable, x, weight, residual=None, *vectors: torch.Tensor):
+            named = dict(zip(("bias",) if is_layer_norm else ("post_weight",), vectors))
+            result = function(x, weight, EPS, residual, **named, **rest)
             # h alone is one result of ours, and two equal ones of the reference
             return result[0] if residual is not None and weight is None else result
 
@@ -84,6 +87,7 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
         form("residual, post-norm", weight, residual, post_weight),
         form("residual, 1 + post-norm", small, residual, small, unit_offset=True),
         form("h alone", None, residual, post_weight),
+        form("residual, layer norm", weight, residual, post_weight, is_layer_norm=True),
     ]
 
 
@@ -151,7 +155,7 @@ def rope_forms(
     norms = tuple(1 + 0.2 * torch.randn(2, head_dim, **options))
     width, scale = (heads + 2 * kv_heads) * head_dim, head_dim**-0.5
 
-    def form(name: str, op: Callable, ref: Callable, tokens: int, where: Any, dim: int, *rest: Any) -> Form:
+    def form(name: str, what: str, op: Callable, ref: Callable, tokens: int, where: Any, dim: int, *rest: Any) -> Form:
         qkv = torch.randn(batch, tokens, width, **options)
         cos, signed_sin = torch.rand(2, 1, 1, tokens, dim, **options)
 
@@ -160,12 +164,13 @@ def rope_forms(
             return function(qkv, cos, signed_sin, keys, values, *given), keys, values
 
         ours, torchs = (functools.partial(call, function) for function in (op, ref))
-        return Form(name, {op.__name__: ours}, torchs, (qkv, cos, signed_sin, *caches, where, *rest))
+        return Form(name, {what: ours}, torchs, (qkv, cos, signed_sin, *caches, where, *rest))
 
-    apart = functools.partial(form, op=rope_op, ref=rope.rope_and_cache_ref)
+    apart = functools.partial(form, what="rope_and_cache", op=rope_op, ref=rope.rope_and_cache_ref)
     fused = functools.partial(
-        form, op=attention_op, ref=rope_decode_attention.rope_decode_attention_ref, tokens=1, dim=head_dim
-    )
+        form, what="rope_decode_attention", op=attention_op, ref=rope_decode_attention.rope_decode_attention_ref,
+        tokens=1, dim=head_dim,
+    )  # fmt: skip
     middle = torch.tensor([capacity // 2], device=device)
     return [
         apart("a prompt", tokens=min(50, capacity), where=0, dim=head_dim),
@@ -178,7 +183,7 @@ def rope_forms(
 
 
 KERNELS = {
-    "rope_and_cache": rope.rope_and_cache, "rope_decode_attention": rope_decode_attention.rope_decode_attention,
+    "rope_and_cache": rope.rope_and_cache, "rope_decode_attention": rope_decode_attention.run,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from bench.gpu_section import Options, Row
 from bench.kernel_shapes import MODELS
 from bench.on_gpu.errors import MOST_OVER_TORCH, against, free_bytes
 from bench.record import spread
-from tp_runtime.block import RotaryEmbedding
+from tp_runtime.attention import RotaryEmbedding
 from tp_runtime.comm import Communicator, NullCommunicator
 from tp_runtime.config import GenerationOptions
 from tp_runtime.engine import Engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench import bench_attention, bench_experts, bench_norm
+from bench import bench_attention, bench_experts, bench_layer, bench_norm
 from bench.bench_gemm import M_DECODE, cases, rows
 from bench.choice import label
 from bench.gpu_section import Options, Row
@@ -81,6 +81,11 @@ def runs(case: bench_experts.Case, device: str) -> str:
 def attention(options: Options, device: str = "cuda", cases: Iterable | None = None, repeats: int = REPEATS):
     cases = attention_cases() if cases is None else cases
     return one_by_one(cases, lambda case: bench_attention.rows([case], device, repeats))
+
+
+def layer(options: Options, device: str = "cuda", cases: Iterable | None = None, repeats: int = REPEATS):
+    cases = bench_layer.cases(**bench_layer.ON_GPU) if cases is None else cases
+    return one_by_one(cases, lambda case: bench_layer.rows([case], device, repeats))
 
 
 def norm(options: Options, device: str = "cuda", sizes: Iterable | None = None, repeats: int = REPEATS):
