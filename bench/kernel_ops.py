@@ -217,6 +217,37 @@ class AttentionOp(Op):
         return 4 * m * self.num_heads * n * k
 
 
+@dataclass(frozen=True)
+class TopKOp(Op):
+    """The k largest of M rows of logits, in this order; N is a rank's part of the vocabulary, K is k.
+
+    The logits are the same at each call: they come from lm_head, and lie in L2.
+    """
+
+    def candidates(self, m: int, n: int, k: int, dtype: torch.dtype) -> list[tuple[str, Any]]:
+        kernels = importlib.import_module("tp_runtime.kernels.vocab_top_k_kernel")
+        return [("top_k", config) for config in kernels.CANDIDATES["top_k"]]
+
+    def operands(self, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, Any]:
+        return torch.randn(m, n, dtype=dtype, device=device), [k]
+
+    def torchs(self, x: torch.Tensor, w: int) -> torch.Tensor:
+        return self.kernels.vocab_top_k_ref(x, w)[0]
+
+    def exact(self, x: torch.Tensor, w: int) -> torch.Tensor:
+        return x.double().topk(w).values
+
+    def ours(self, x: torch.Tensor, w: int, kernel: str, config: Any) -> torch.Tensor:
+        run = importlib.import_module("tp_runtime.kernels.vocab_top_k_kernel").run
+        return run(x, w, config=config)[0]
+
+    def bytes(self, m: int, n: int, k: int, item: int) -> int:
+        return item * m * n + 12 * m * k  # a float32 and an int64 each
+
+    def flops(self, m: int, n: int, k: int) -> int:
+        return m * n
+
+
 # The ops of dense layers: one matrix of weights.
 OPS = {
     op.name: op
@@ -228,6 +259,7 @@ OPS = {
 TUNABLE = {
     **OPS,
     "attention": AttentionOp("attention", ("attention",)),
+    "vocab_top_k": TopKOp("vocab_top_k", ("top_k",)),
     "experts": ExpertsOp("experts", ("experts_gate_up",), stacked=2),
 }
 

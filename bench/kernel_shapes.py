@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tp_runtime import preflight
 from tp_runtime.plan import Plan, make_plan
@@ -126,6 +126,15 @@ def attention_shapes(model: str | os.PathLike, tp_size: int, dtype: str = "bfloa
             shape = KernelShape(name, "attention", tp_size, context, plan.head_dim, rank, layers, **sizes)
             found.setdefault((context, *sizes.values()), shape)
     return list(found.values())
+
+
+TOP_KS = (1, 50)  # argmax; what generation configs ask for by default
+
+
+def top_k_shapes(model: str | os.PathLike, tp_size: int, dtype: str = "bfloat16") -> list[KernelShape]:
+    """Each rank's part of a model's vocabulary as N, and as K how many of it sampling asks for."""
+    heads = [shape for shape in model_shapes(model, tp_size, dtype) if shape.role == "lm_head"]
+    return [replace(head, role="top_k", k=k, count=1) for head in heads for k in TOP_KS]
 
 
 def model_shapes(model: str | os.PathLike, tp_size: int, dtype: str = "bfloat16") -> list[KernelShape]:

@@ -30,7 +30,7 @@ from bench import timing
 from bench.choice import Task, Timer, measure
 from bench.compiled import recording
 from bench.kernel_ops import OPS, TUNABLE, Op, op_named
-from bench.kernel_shapes import MODELS, KernelShape, attention_shapes, model_shapes
+from bench.kernel_shapes import MODELS, KernelShape, attention_shapes, model_shapes, top_k_shapes
 from bench.record import say, table
 from tp_runtime.estimate import Device, find_device
 from tp_runtime.kernels import tuned
@@ -38,7 +38,7 @@ from tp_runtime.kernels import tuned
 # Tokens of a call, the most valuable first: one sequence, some, many, then prompts.
 M_ORDER = (1, 16, 4, 64, 32, 8, 2, 2048, 4096, 1024, 512, 8192, 128, 256)
 # What has one token of each sequence: lm_head, and decode attention, whose caches fill the memory.
-MOST_TOKENS = {"lm_head": 256, "attention": 64}
+MOST_TOKENS = {"lm_head": 256, "top_k": 256, "attention": 64}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ESTIMATED_FOR, ESTIMATED_ARCH = "NVIDIA H200", 90  # without a GPU that we have figures of
 
@@ -109,8 +109,8 @@ def tasks(
 
 def asked_shapes(args: argparse.Namespace) -> list[KernelShape]:
     """The shapes of --model and --tp, and those of --shape in the roles of each op."""
-    shapes = [s for model in args.model for tp in args.tp for s in model_shapes(model, tp, args.dtype)]
-    shapes += [s for model in args.model for tp in args.tp for s in attention_shapes(model, tp, args.dtype)]
+    makers = model_shapes, attention_shapes, top_k_shapes
+    shapes = [s for make in makers for model in args.model for tp in args.tp for s in make(model, tp, args.dtype)]
     for n, k in args.shape:
         for op in args.op or OPS.values():
             if op == TUNABLE["experts"]:
@@ -183,7 +183,8 @@ def dry_run(todo: Sequence[Task], num_kept: int, device: Device) -> str:
     rows, total_s = [["op", "shape", "N x K", "M", "candidates", "limit us", "from s"]], 0.0
     for task, estimate_s in zip(todo, estimates_s(todo, device)):
         m, n, k = task.size
-        figures = f"{task.limit_us(device):.1f}", f"{total_s:.0f}"
+        limit_us = task.limit_us(device)
+        figures = f"{limit_us:.1f}" if limit_us >= 1 else f"{limit_us:.2g}", f"{total_s:.0f}"
         rows.append([task.op.name, task.shape.name, f"{n}x{k}", str(m), str(len(task.candidates())), *figures])
         total_s += estimate_s
     total = f"{len(todo)} rows, {total_s:.0f} s ({total_s / 60:.0f} min) as estimated for {device.name}"

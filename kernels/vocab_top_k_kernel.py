@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,16 @@ def _largest(best, keys, K: tl.constexpr):
         return tl.topk(tl.reshape(tl.join(best, tl.topk(keys, K)), (2 * K,)), K)
 
 
-def run(logits: torch.Tensor, k: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+class Config(NamedTuple):
+    num_warps: int
+
+
+CANDIDATES = {"top_k": (Config(8), Config(4), Config(16))}
+
+
+def run(
+    logits: torch.Tensor, k: int, offset: int = 0, config: Config = CANDIDATES["top_k"][0]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The launch; see `vocab_top_k`."""
     batch, v = logits.shape
     values = torch.empty(batch, k, dtype=torch.float32, device=logits.device)
@@ -82,6 +93,6 @@ def run(logits: torch.Tensor, k: int, offset: int = 0) -> tuple[torch.Tensor, to
         logits, values, ids, candidates, target.arrival_counters(logits.device),
         v, per_program * BLOCK, logits.stride(0), offset, k,
         K=k_pow2, MERGE=max(k_pow2, triton.next_power_of_2(programs * k_pow2)), BLOCK=BLOCK,
-        PDL=target.has_pdl(), num_warps=8, **target.launch_options(),
+        PDL=target.has_pdl(), num_warps=config.num_warps, **target.launch_options(),
     )  # fmt: skip
     return values, ids

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tp_runtime
 from bench import kernel_ops, kernel_shapes, timing, tune
 from bench.choice import SCREEN_REPEATS, Task, measure
-from bench.kernel_ops import OPS, AttentionOp, ExpertsOp, Op
+from bench.kernel_ops import OPS, AttentionOp, ExpertsOp, Op, TopKOp
 from bench.kernel_shapes import MODELS, PUBLISHED_CUBLAS_US, SKINNY, KernelShape, model_shapes
 from bench.kernel_shapes import shape as named_shape
 from tests.interpreted import interpreted
@@ -305,6 +305,17 @@ def test_experts_get_through_the_choice():
     assert tune.result(task, row, H200)[5] == "waits for the device"
 
 
+def test_top_k_gets_through_the_choice():
+    """Catches a row of top-k that is not the one that sampling looks up, and one that is taken for another k."""
+    shape = KernelShape("tiny", "top_k", 1, 300, 5)
+    (task,) = tune.tasks([shape], [TopKOp("vocab_top_k", ("top_k",))], ms=[2], dtype="float16")
+    x, (k,) = task.op.operands(*task.size, task.dtype, "cpu")
+    run = interpreted("vocab_top_k_kernel").run
+    assert all(torch.equal(run(x, k, config=c)[0], task.op.exact(x, k).float()) for _, c in task.candidates().values())
+    assert torch.equal(task.op.torchs(x, k), task.op.exact(x, k).float()) and task.limit_us(H200) > 0
+    assert task.key == ("vocab_top_k", "float16", 300, 5, 2)
+
+
 class InterpretedAttention(AttentionOp):
     @property
     def kernels(self):
@@ -316,18 +327,19 @@ class InterpretedAttention(AttentionOp):
 
 def test_attention_gets_through_the_choice():
     """Catches attention whose row is not the one that a decode step looks up, and caches that are not its size."""
-    shape = KernelShape("tiny", "attention", 1, 64, 16, num_heads=4, num_kv_heads=2)
-    (task,) = tune.tasks([shape], [InterpretedAttention("attention", ("attention",))], ms=[2], dtype="float16")
+    torch.manual_seed(0)
+    shape = KernelShape("tiny", "attention", 1, 64, 16, num_heads=8, num_kv_heads=4)
+    (task,) = tune.tasks([shape], [InterpretedAttention("attention", ("attention",))], ms=[8], dtype="float16")
 
     def timer(contenders, num_copies, repeats, device):
-        assert all(call(num_copies - 1).shape == (2, 1, 4 * 16) for call in contenders.values())
+        assert all(call(num_copies - 1).shape == (8, 1, 8 * 16) for call in contenders.values())
         return {name: [10.0 if name == "torch" else 5.0] * repeats for name in contenders}
 
     row = measure(task, "cpu", timer)
     assert row["kernel"] == "split" and task.limit_us(H200) > 0
     tuned.save_rows(tuned.user_file("cpu"), "cpu", [row])
     tuned.forget()
-    q, keys = torch.empty(2, 4, 1, 16, dtype=torch.float16), torch.empty(2, 2, 60, 16, dtype=torch.float16)
+    q, keys = torch.empty(8, 8, 1, 16, dtype=torch.float16), torch.empty(8, 4, 60, 16, dtype=torch.float16)
     assert rope_decode_attention._chosen(q, keys) == decode_attention_kernel.CANDIDATES["split"][-1]
     assert rope_decode_attention._chosen(q[:1], keys[:1]) is None
     tuned.forget()

@@ -39,8 +39,8 @@ from .peer_memory import (
 
 _log = logging.getLogger("tp_runtime")
 
-# Programs of an NCCL collective, each filling a multiprocessor: 4 to 16 are as fast as it gets from Hopper on, with NVLS
-# (published, not measured by this project).
+# Programs of an NCCL collective, each filling a multiprocessor: from Hopper on 4 to 16 are as fast as it gets (NVLS;
+# published, not measured by this project).
 _NCCL_CTAS = 16
 _RENDEZVOUS_S = 30  # for ranks to exchange handles of their memory: milliseconds where none of them fails alone
 

@@ -109,9 +109,9 @@ class Sampler:
             ValueError: a token of this step was given an expert that does not exist.
             FloatingPointError: on every rank, where a sequence's logits hold a NaN or their largest is infinite.
         """
-        logits = logits_shard_v.float()
+        logits = logits_shard_v
         if self.repetition_penalty != 1 and seen is not None:
-            logits = self._penalise(logits, seen)
+            logits = self._penalise(logits.float(), seen)
         if self.temperature == 0:
             return self._candidates(logits, 1)[1][:, 0].tolist()
         values, ids = self._candidates(logits, self.top_k or sum(self.lengths))
@@ -161,5 +161,5 @@ class Sampler:
 def _largest(logits: torch.Tensor, k: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row, [B, k], and their ids, of equal ones in order; a row that holds a NaN gives a NaN."""
     if k == logits.shape[-1]:
-        return logits, torch.arange(start, start + k, device=logits.device).expand(logits.shape)
+        return logits.float(), torch.arange(start, start + k, device=logits.device).expand(logits.shape)
     return vocab_top_k(logits, k, start)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from bench.choice import Task
 from bench.gpu_section import Options, Row
 from bench.kernel_ops import TUNABLE
-from bench.kernel_shapes import SKINNY, KernelShape, attention_shapes, model_shapes, shape
+from bench.kernel_shapes import SKINNY, KernelShape, attention_shapes, model_shapes, shape, top_k_shapes
 from bench.on_gpu.speed import experts_cases
 from bench.tune import measured, tasks
 from tp_runtime.kernels import tuned
@@ -25,8 +25,8 @@ def shapes() -> list[KernelShape]:
     """The shapes of the report. A gate_up stands there twice: the target for skinny GEMMs takes it as a plain one."""
     skinny = [shape(name) for name in SKINNY]
     plain = [replace(s, role="qkv", model=f"{s.model} {s.role} as") for s in skinny if s.role == "gate_up"]
-    of_models = [s for model, tp_size in MODELS for s in model_shapes(model, tp_size)]
-    return [*skinny, *plain, *of_models, *(s for model, tp_size in MODELS for s in attention_shapes(model, tp_size))]
+    makers = model_shapes, attention_shapes, top_k_shapes
+    return [*skinny, *plain, *(s for make in makers for model, tp_size in MODELS for s in make(model, tp_size))]
 
 
 def experts_tasks() -> list[Task]:
