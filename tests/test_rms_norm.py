@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from exactness import assert_as_exact_as
+from exactness import assert_as_exact_as, shuffles
 from interpreted import interpreted
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -66,6 +66,17 @@ def torch_norm(x, weight, residual=None, unit_offset=False, residual_multiplier=
     return norm(h, weight), h
 
 
+def in_all_orders(x, weight, **options):
+    """Each of torch's outputs, several times: with the columns in other orders, and back in place."""
+    outputs = []
+    for order in shuffles(x.shape[-1], x.dtype):
+        shuffled = {name: o[..., order] if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+        found = torch_norm(x[..., order], weight[order], **shuffled)
+        back = order.argsort()
+        outputs.append([y[..., back] for y in (found if isinstance(found, tuple) else (found,))])
+    return zip(*outputs)
+
+
 @pytest.mark.parametrize("unit_offset", [False, True], ids=["plain", "unit_offset"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,23 +92,22 @@ def test_kernel(shape, dtype, unit_offset):
     for options in cases:
         outputs = kernel.run(x, weight, EPS, unit_offset=unit_offset, **options)
         want = exact(x, weight, unit_offset=unit_offset, **options)
-        theirs = torch_norm(x, weight, unit_offset=unit_offset, **options)
-        if not options:
-            want, theirs = (want,), (theirs,)
-        for got, wanted, beside in zip(outputs, want, theirs, strict=True):
+        theirs = in_all_orders(x, weight, unit_offset=unit_offset, **options)
+        for got, wanted, beside in zip(outputs, want if options else (want,), theirs, strict=True):
             assert_as_exact_as(got, beside, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 4096), (33, 70), (40, 16)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 4096), (33, 70), (40, 16)], ids=str)
 def test_layer_norm(shape, dtype):
     """Catches a mean over the padded width, one that is not subtracted, a variance about 0, a bias left out."""
     x, residual, weight, bias = inputs(shape, dtype)
     residual = residual + 3
     (y,) = kernel.run(residual, weight, EPS, bias=bias)
-    assert_as_exact_as(y, torch_norm(residual, weight, bias=bias), exact(residual, weight, bias=bias))
+    (theirs,) = in_all_orders(residual, weight, bias=bias)
+    assert_as_exact_as(y, theirs, exact(residual, weight, bias=bias))
     outputs = kernel.run(x, weight, EPS, residual, bias=bias)
-    want, theirs = (norm(x, weight, residual, bias=bias) for norm in (exact, torch_norm))
+    want, theirs = exact(x, weight, residual, bias=bias), in_all_orders(x, weight, residual=residual, bias=bias)
     for got, wanted, beside in zip(outputs, want, theirs, strict=True):
         assert_as_exact_as(got, beside, wanted)
 
