@@ -123,13 +123,13 @@ def _attention_shape_cases(arch: int) -> Iterator[Case]:
 
 
 def _rope_attention_cases(arch: int) -> Iterator[Case]:
-    """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; positions on the device."""
+    """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; in pairs, as in Command R; positions on the device."""
     kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
     dtype = torch.bfloat16
     qkv, cos, weight = meta(1, 48, 1, 128, dtype=dtype), meta(1, 1, 1, 128, dtype=dtype), meta(128, dtype=dtype)
     keys, place = meta(1, 8, 4096, 128, dtype=dtype), meta(1, dtype=torch.int64)
-    for name, weights in (("plain", (None, None)), ("norm", (weight, weight))):
-        new = kernels.New(cos, cos, *weights, eps=1e-6, unit_offset=False)
+    for name, normed in (("plain", None), ("norm", weight), ("pairs", None)):
+        new = kernels.New(cos, cos, normed, normed, eps=1e-6, unit_offset=False, pairs=name == "pairs")
         launch = functools.partial(kernels.run, qkv[:, :32], keys, keys, 0.1, lengths=place, new=new, ahead=1)
         yield Case(
             "rope_decode_attention", name, arch, dtype, "B=1 H=32+8+8 D=128 S=4096", launch,
@@ -145,21 +145,21 @@ def _row_cases(arch: int) -> Iterator[Case]:
         x, weight = meta(m, n, dtype=dtype), meta(n, dtype=dtype)
         for name, *options in (
             ("plain",), ("residual", x), ("post-norm", x, True, 1.0, weight),
-            ("layer norm", x, False, 1.0, None, weight),
+            ("layer norm", x, False, 1.0, None, weight), ("without bias", x, False, 1.0, None, None, True),
         ):  # fmt: skip
             launch = functools.partial(kernels.run, x, weight, 1e-5, *options)
             yield Case("rms_norm", name, arch, dtype, f"M={m} N={n}", launch, has_wide_loads=n > 70)
 
 
 def _rope_cases(arch: int) -> Iterator[Case]:
-    """q and k rotated, k and v into the cache, as in Llama-3-8B; with the norm of heads, as in Qwen3-8B."""
+    """q and k rotated, k and v into the cache, as in Llama-3-8B; with norms (Qwen3-8B); in pairs (Command R)."""
     kernels = importlib.import_module("tp_runtime.kernels.rope_kernel")
     dtype = torch.bfloat16
     for s in (1, 512):
         qkv, cos = meta(1, s, 48 * 128, dtype=dtype), meta(1, 1, s, 128, dtype=dtype)
         cache, weight = meta(1, 8, 4096, 128, dtype=dtype), meta(128, dtype=dtype)
-        for name, norm in (("plain", ()), ("norm", (weight, weight))):
-            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, None, 7, *norm)
+        for name, options in (("plain", ()), ("norm", (weight, weight)), ("pairs", (None, None, 1e-6, False, True))):
+            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, None, 7, *options)
             yield Case("rope", name, arch, dtype, f"S={s} H=32+8+8 D=128", launch)
 
 

@@ -112,8 +112,8 @@ def _decode_attention_kernel(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ms,
     D: tl.constexpr, GROUP: tl.constexpr, S_Q: tl.constexpr, ROWS: tl.constexpr, MERGE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, IS_BOOL: tl.constexpr, IS_NEW: tl.constexpr, R: tl.constexpr, UNIT_OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, IS_BOOL: tl.constexpr, IS_NEW: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, num_splits = tl.program_id(0), tl.num_programs(0)
     kv, num_kv_heads, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
@@ -163,13 +163,14 @@ def _decode_attention_kernel(
         if cos_ptr is not None:
             cos_ptr += b * stride_c
             sin_ptr += b * stride_c
-        q = load_rotated(q_rows, is_row[:, None], cos_ptr, sin_ptr, q_weight_ptr, eps, R, UNIT_OFFSET, D, BLOCK_D)
+        is_q = is_row[:, None]
+        q = load_rotated(q_rows, is_q, cos_ptr, sin_ptr, q_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
         q = q.to(y_ptr.dtype.element_ty)
         if split == 0:
             one = tl.arange(0, 1)
             k_row = x_ptr + (num_heads + kv + one)[:, None] * D
             is_one = (one == 0)[:, None]
-            k = load_rotated(k_row, is_one, cos_ptr, sin_ptr, k_weight_ptr, eps, R, UNIT_OFFSET, D, BLOCK_D)
+            k = load_rotated(k_row, is_one, cos_ptr, sin_ptr, k_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
             k = k.to(k_ptr.dtype.element_ty)
             v = tl.load(k_row + num_kv_heads * D + offs_d[None, :], mask=in_d, other=0.0)
             place = tl.cast(end - 1, tl.int64)
@@ -249,6 +250,7 @@ class New(NamedTuple):
     k_weight: torch.Tensor | None
     eps: float
     unit_offset: bool
+    pairs: bool = False
 
 
 def run(
@@ -300,7 +302,7 @@ def run(
     if mask is not None:
         mask = (mask.view(torch.uint8) if is_bool else mask).expand(batch, num_heads, length, -1)
     few = rows <= 16  # else as many as the tensor cores from sm_90 on take at a time
-    cos, signed_sin, q_weight, k_weight, eps, unit_offset = new or New(None, None, None, None, 0.0, False)
+    cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs = new or New(None, None, None, None, 0.0, False)
     _decode_attention_kernel[(splits, num_kv_heads, batch)](
         q, keys, values, heads, lengths, mask, sinks, y, partials, arrived, cos, signed_sin, q_weight, k_weight,
         scale, window, softcap, eps, ahead, capacity, num_heads,
@@ -309,7 +311,7 @@ def run(
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *((0, 0, 0) if mask is None else mask.stride()[:3]),
         D=head_dim, GROUP=group, S_Q=length, ROWS=rows, MERGE=min(most, max(1, _MERGED // (rows * block_d))),
         MAX_SPLITS=most, IS_BOOL=is_bool, IS_NEW=new is not None, R=head_dim if cos is None else cos.shape[-1],
-        UNIT_OFFSET=unit_offset, BLOCK_M=16 if few else 64, BLOCK_S=block_s, BLOCK_D=block_d,
+        PAIRS=pairs, UNIT_OFFSET=unit_offset, BLOCK_M=16 if few else 64, BLOCK_S=block_s, BLOCK_D=block_d,
         PDL=target.has_pdl(), num_warps=config.num_warps if few else 8, num_stages=config.num_stages,
         **target.launch_options(),
     )  # fmt: skip

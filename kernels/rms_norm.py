@@ -4,7 +4,8 @@
     residual    h = residual + residual_multiplier * x       y = norm(h) * weight
     post-norm   h = residual + norm(x) * post_weight         y = norm(h) * weight       (gemma2, gemma3; olmo2: y = h)
 
-With a bias it is torch's layer norm (starcoder2): the row's mean is subtracted before, the bias added behind.
+Centered, or with a bias, it is a layer norm (cohere; starcoder2): the row's mean is subtracted before, the bias added
+behind.
 
 A row is read once. At decode the launch is what it costs, so the weights are fetched into L2 while the kernel before
 still runs. The norm of q and k, head by head, is part of `rope_and_cache`.
@@ -31,21 +32,27 @@ def rmsnorm_ref(
     residual_multiplier: float = 1.0,
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    centered: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` with torch's own norm: what runs on the CPU."""
     if residual is None:
-        return norm_ref(x, weight, eps, unit_offset, bias)
+        return norm_ref(x, weight, eps, unit_offset, bias, centered)
     if post_weight is not None:
         h = residual + norm_ref(x, post_weight, eps, unit_offset)
     else:
         h = residual + (x if residual_multiplier == 1 else x * residual_multiplier)
-    return (h if weight is None else norm_ref(h, weight, eps, unit_offset, bias)), h
+    return (h if weight is None else norm_ref(h, weight, eps, unit_offset, bias, centered)), h
 
 
 def norm_ref(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    unit_offset: bool,
+    bias: torch.Tensor | None = None,
+    centered: bool = False,
 ) -> torch.Tensor:
-    if bias is not None:
+    if centered or bias is not None:
         return torch.layer_norm(x, weight.shape, weight, bias, eps)
     if not unit_offset and x.dtype == torch.float32 and x.is_contiguous() and not x.is_cuda:
         # Fewer of torch's operations than torch.rms_norm makes: two thirds of its time for a row.
@@ -76,6 +83,7 @@ def rms_norm(
     residual_multiplier: float = 1.0,
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    centered: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; with a residual, of the new residual stream h.
 
@@ -88,6 +96,7 @@ def rms_norm(
         residual_multiplier: h = residual + residual_multiplier * x (Granite).
         post_weight: [N]: h = residual + norm(x) * post_weight; the multiplier does not apply.
         bias: [N], of a layer norm: y = (h - mean(h)) / sqrt(variance(h) + eps) * weight + bias.
+        centered: a layer norm, also where there is no bias.
 
     Returns:
         y like x; with a residual (y, h).
@@ -97,12 +106,12 @@ def rms_norm(
 
     Numerics: fp32 inside, one rounding for y; h and what is added to it are rounded as Hugging Face's separate ops do.
     """
+    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered)
     if torch.compiler.is_compiling():
-        options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias)
         return _unpacked(torch.ops.tp_runtime.rms_norm(x, weight, *options), residual)
     if not x.is_cuda:
-        return rmsnorm_ref(x, weight, eps, residual, unit_offset, residual_multiplier, post_weight, bias)
-    return _unpacked(_op(x, weight, eps, residual, unit_offset, residual_multiplier, post_weight, bias), residual)
+        return rmsnorm_ref(x, weight, *options)
+    return _unpacked(_op(x, weight, *options), residual)
 
 
 def _unpacked(outputs: list[torch.Tensor], residual: torch.Tensor | None):
@@ -116,14 +125,15 @@ def _check(
     unit_offset: bool,
     post_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    centered: bool,
 ) -> None:
     if residual is None and (weight is None or post_weight is not None):
         raise ValueError("without a residual there is one norm: pass its weight, and no post_weight")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         theirs, ours = (f"{list(t.shape)} {t.dtype}" for t in (residual, x))
         raise ValueError(f"residual is {theirs}, x is {ours}: they must be alike")
-    if bias is not None and (weight is None or post_weight is not None or unit_offset):
-        raise ValueError("a layer norm, with a bias, has a weight, no unit_offset and no post_weight")
+    if (centered or bias is not None) and (weight is None or post_weight is not None or unit_offset):
+        raise ValueError("a layer norm, centered or with a bias, has a weight, no unit_offset and no post_weight")
     for name, vector in (("weight", weight), ("post_weight", post_weight), ("bias", bias)):
         if vector is not None and (vector.shape != x.shape[-1:] or not vector.is_contiguous()):
             raise ValueError(f"{name} is {list(vector.shape)}, strides {vector.stride()}; x is {list(x.shape)}: "
@@ -133,13 +143,16 @@ def _check(
 _library = torch.library.Library("tp_runtime", "FRAGMENT")
 _library.define(
     "rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual=None, bool unit_offset=False, "
-    "float residual_multiplier=1.0, Tensor? post_weight=None, Tensor? bias=None) -> Tensor[]"
+    "float residual_multiplier=1.0, Tensor? post_weight=None, Tensor? bias=None, bool centered=False) -> Tensor[]"
 )
 
 
-def _op(x, weight, eps, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None):
-    _check(x, weight, residual, unit_offset, post_weight, bias)
-    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias)
+def _op(
+    x, weight, eps,
+    residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False,
+):  # fmt: skip
+    _check(x, weight, residual, unit_offset, post_weight, bias, centered)
+    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered)
     if not x.is_cuda or not fits(x.shape[-1]):
         return _run_ref(x, weight, *options)
     from .rms_norm_kernel import run

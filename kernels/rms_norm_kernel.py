@@ -33,7 +33,8 @@ def _centered(x, offs_n, N: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, M, stride_xm, eps, residual_multiplier,
-    N: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, UNIT_OFFSET: tl.constexpr, CENTERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -62,7 +63,7 @@ def _rms_norm_kernel(
         tl.store(h_ptr + rows, h, mask=mask)
         x = h.to(tl.float32)
     if weight_ptr is not None:
-        if bias_ptr is not None:
+        if CENTERED:
             x = _centered(x, offs_n, N)
         y = x * inverse_rms(x, eps, N) * load_factor(weight_ptr, offs_n, N, UNIT_OFFSET)
         if bias_ptr is not None:
@@ -79,6 +80,7 @@ def run(
     residual_multiplier: float = 1.0,
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    centered: bool = False,
 ) -> list[torch.Tensor]:
     """The launch: [y], or [y, h] with a residual, or [h] with a residual and no weight. Rows are at most MAX_WIDTH."""
     n = x.shape[-1]
@@ -92,7 +94,7 @@ def run(
         _rms_norm_kernel[grid](
             rows, None if residual is None else residual.contiguous(), post_weight, weight, bias, h, y,
             len(rows), rows.stride(0), eps, residual_multiplier, N=n, UNIT_OFFSET=unit_offset,
-            BLOCK_M=block_m, BLOCK_N=block_n, PDL=has_pdl(),
+            CENTERED=centered or bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, PDL=has_pdl(),
             num_warps=min(32, max(4, block_m * block_n // 512)), **launch_options(),
         )  # fmt: skip
     return [y] if h is None or h is y else [y, h]

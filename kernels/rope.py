@@ -4,7 +4,8 @@
     rope(x) = x * cos + roll(x, R / 2) * signed_sin                        on the first R of a head's D elements
     keys[:, :, positions], values[:, :, positions] = k, v
 
-signed_sin is sin with its first half negated; cos and sin are Hugging Face's own, so every kind of scaling is (default,
+signed_sin is sin with its first half negated; where elements turn in pairs (cohere), neighbours change places instead
+of halves, and every other sin is negated; cos and sin are Hugging Face's own, so every kind of scaling is (default,
 llama3, linear, dynamic, yarn). One program takes a few heads of one token.
 """
 
@@ -26,6 +27,7 @@ def rope_and_cache_ref(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    pairs: bool = False,
 ) -> torch.Tensor:
     """`rope_and_cache` in as few of torch's operations as there are: on a CPU each costs microseconds."""
     batch, length, width = qkv.shape
@@ -37,7 +39,7 @@ def rope_and_cache_ref(
         q, k = torch.split_with_sizes(qk, [num_heads, num_kv_heads], 1)
         qk = torch.cat((norm_ref(q, q_weight, eps, unit_offset), norm_ref(k, k_weight, eps, unit_offset)), dim=1)
     if cos is not None:
-        qk = _rope_ref(qk, cos, signed_sin)
+        qk = _rope_ref(qk, cos, signed_sin, pairs)
     q, k = torch.split_with_sizes(qk, [num_heads, num_kv_heads], 1)
     if isinstance(positions, int) or positions.numel() == 1:
         first = int(positions)
@@ -53,13 +55,18 @@ def rope_and_cache_ref(
     return q
 
 
-def _rope_ref(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+def partners(x: torch.Tensor, pairs: bool) -> torch.Tensor:
+    """For each element the one that it turns with: of its pair, or of the other half."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if pairs else x.roll(x.shape[-1] // 2, -1)
+
+
+def _rope_ref(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, pairs: bool) -> torch.Tensor:
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
-        return torch.cat((_rope_ref(x[..., :rotary_dim], cos, signed_sin), x[..., rotary_dim:]), dim=-1)
+        return torch.cat((_rope_ref(x[..., :rotary_dim], cos, signed_sin, pairs), x[..., rotary_dim:]), dim=-1)
     if cos.dtype == x.dtype:
-        return torch.addcmul(x * cos, x.roll(rotary_dim // 2, -1), signed_sin)
-    return (x * cos + x.roll(rotary_dim // 2, -1) * signed_sin).to(x.dtype)  # olmo2 keeps both in float32
+        return torch.addcmul(x * cos, partners(x, pairs), signed_sin)
+    return (x * cos + partners(x, pairs) * signed_sin).to(x.dtype)  # olmo2 and cohere have both in float32
 
 
 def rope_and_cache(
@@ -73,18 +80,20 @@ def rope_and_cache(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    pairs: bool = False,
 ) -> torch.Tensor:
     """q, normed and rotated; k, likewise, and v are written into the cache.
 
     Args:
         qkv: [B, S, (H_q + 2 * H_kv) * D], tokens anywhere, each contiguous: query heads, key heads, value heads.
         cos: [B or 1, 1, S, R], R even and at most D; the rest of a head is not rotated. None: nothing is (NoPE layers).
-        signed_sin: like cos, its first half negated.
+        signed_sin: like cos, its first half negated; with pairs, every other element from the first on.
         keys, values: [B, H_kv, S_max, D], all of the cache and not only what it holds; any strides but the last.
         positions: where in the cache the tokens belong: the place of the first, and the others follow (an int, or a
             tensor of one element, int32 or int64, which a CUDA graph can replay); or [B, S], one by one.
         q_weight, k_weight: [D], both or neither: heads are normed first.
         eps: of that norm. unit_offset: its factors are 1 + weight (Gemma).
+        pairs: elements 2i and 2i + 1 turn together, instead of i and i + R / 2.
 
     Returns:
         [B, H_q, S, D] in qkv's dtype, tokens apart by H_q * D.
@@ -95,13 +104,13 @@ def rope_and_cache(
 
     Numerics: on a GPU fp32 inside and one rounding, where Hugging Face rounds each product; on the CPU as Hugging Face.
     """
-    norm = (q_weight, k_weight, eps, unit_offset)
+    options = (q_weight, k_weight, eps, unit_offset, pairs)
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling and not qkv.is_cuda:
-        return rope_and_cache_ref(qkv, cos, signed_sin, keys, values, positions, *norm)
+        return rope_and_cache_ref(qkv, cos, signed_sin, keys, values, positions, *options)
     where = (None, positions) if isinstance(positions, int) else (positions, 0)
     launch = torch.ops.tp_runtime.rope_and_cache if is_compiling else _op
-    return launch(qkv, cos, signed_sin, keys, values, *where, *norm).transpose(1, 2)
+    return launch(qkv, cos, signed_sin, keys, values, *where, *options).transpose(1, 2)
 
 
 def check_place(first: int, length: int, capacity: int) -> None:
@@ -138,22 +147,22 @@ _library = torch.library.Library("tp_runtime", "FRAGMENT")
 _library.define(
     "rope_and_cache(Tensor qkv, Tensor? cos, Tensor? signed_sin, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor? positions, SymInt first=0, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, "
-    "bool unit_offset=False) -> Tensor"
+    "bool unit_offset=False, bool pairs=False) -> Tensor"
 )
 
 
-def _op(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *norm):
+def _op(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *options):
     check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight)
     if qkv.is_cuda:
         from .rope_kernel import run
 
-        return run(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, *norm)
+        return run(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, *options)
     where = first if positions is None else positions
-    q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, where, q_weight, k_weight, *norm)
+    q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, where, q_weight, k_weight, *options)
     return q.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # it may be a view of qkv
 
 
-def _fake(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *norm):
+def _fake(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *options):
     batch, length, width = qkv.shape
     return qkv.new_empty(batch, length, width // keys.shape[3] - 2 * keys.shape[1], keys.shape[3])
 

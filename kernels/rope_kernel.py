@@ -15,7 +15,7 @@ BLOCK_H = 8  # heads of a program, 16 bytes a thread
 @triton.jit
 def load_rotated(
     x_rows, is_row, cos_ptr, sin_ptr, weight_ptr, eps,
-    R: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rope(norm(x) * weight) of heads of one token, fp32 [rows, BLOCK_D], 0 beyond D.
 
@@ -30,8 +30,8 @@ def load_rotated(
         scale = inverse_rms(x, eps, D)
         x *= scale * load_factor(weight_ptr, offs_d, D, UNIT_OFFSET)
     if cos_ptr is not None:
-        # The other half of each pair: the same lines once more, where a shuffle would depend on the layout.
-        partner = (offs_d + R // 2) % R
+        # What turns with each element: the same lines once more, where a shuffle would depend on the layout.
+        partner = ((offs_d ^ 1) if PAIRS else (offs_d + R // 2)) % R
         other = tl.load(x_rows + partner[None, :], mask=is_row, other=0.0).to(tl.float32)
         if weight_ptr is not None:
             other *= scale * load_factor(weight_ptr, partner, D, UNIT_OFFSET)
@@ -47,8 +47,8 @@ def _rope_and_cache_kernel(
     length, capacity, first, eps, num_heads, num_kv_heads,
     stride_xb, stride_xs, stride_cb, stride_cs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pb, stride_ps,
-    D: tl.constexpr, R: tl.constexpr, UNIT_OFFSET: tl.constexpr, SLOT_STEP: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, SLOT_STEP: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, block = tl.program_id(0), tl.program_id(1)
     b, s = (token // length).to(tl.int64), token % length
@@ -63,7 +63,8 @@ def _rope_and_cache_kernel(
     if block < q_blocks:
         head = block * BLOCK_H + offs_h
         is_head = head < num_heads
-        x = load_rotated(x_ptr + head * D, is_head, cos_ptr, sin_ptr, q_weight_ptr, eps, R, UNIT_OFFSET, D, BLOCK_D)
+        q_in = x_ptr + head * D
+        x = load_rotated(q_in, is_head, cos_ptr, sin_ptr, q_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
         q_rows = q_ptr + (token.to(tl.int64) * num_heads + head) * D
         tl.store(q_rows + offs_d, x.to(q_ptr.dtype.element_ty), mask=is_head & (offs_d < D))
     else:
@@ -76,7 +77,7 @@ def _rope_and_cache_kernel(
         is_head = head < tl.where((slot >= 0) & (slot < capacity), num_kv_heads, 0)
         if k_block < kv_blocks:
             k_in = x_ptr + (num_heads + head) * D
-            k = load_rotated(k_in, is_head, cos_ptr, sin_ptr, k_weight_ptr, eps, R, UNIT_OFFSET, D, BLOCK_D)
+            k = load_rotated(k_in, is_head, cos_ptr, sin_ptr, k_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
             k_rows = k_ptr + b * stride_kb + head * stride_kh + slot * stride_ks
             tl.store(k_rows + offs_d, k.to(k_ptr.dtype.element_ty), mask=is_head & (offs_d < D))
         else:
@@ -98,6 +99,7 @@ def run(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    pairs: bool = False,
 ) -> torch.Tensor:
     """The launch; see `rope_and_cache`. positions None: `first`, `first` + 1, ... Returns q [B, S, H_q, D]."""
     batch, length, width = qkv.shape
@@ -116,7 +118,7 @@ def run(
             qkv, cos, signed_sin, keys, values, positions, q, q_weight, k_weight,
             length, capacity, first, eps, num_heads, num_kv_heads,
             *qkv.stride()[:2], *c_strides, *keys.stride()[:3], *values.stride()[:3], *p_strides,
-            D=head_dim, R=head_dim if cos is None else cos.shape[-1], UNIT_OFFSET=unit_offset,
+            D=head_dim, R=head_dim if cos is None else cos.shape[-1], PAIRS=pairs, UNIT_OFFSET=unit_offset,
             SLOT_STEP=int(is_start), BLOCK_H=BLOCK_H, BLOCK_D=block_d, PDL=has_pdl(),
             num_warps=max(1, BLOCK_H * block_d // 256), **launch_options(),
         )  # fmt: skip

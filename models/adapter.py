@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 FAMILIES = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
     *("qwen2_moe", "olmoe", "granitemoe", "llama4_text"),
-    *("gemma2", "gemma3_text", "granite", "starcoder2", "phi3", "smollm3", "olmo2"),
+    *("gemma2", "gemma3_text", "granite", "starcoder2", "phi3", "smollm3", "olmo2", "cohere"),
 )
 
 
@@ -117,7 +117,8 @@ class Adapter:
             Beside weights: `renormalised`, whether the weights of a token's experts are made to sum to 1; `windowed`,
             whether the attention function is told the config's sliding window; `no_rope_layers`, whether the config's
             list of that name says which layers know no positions; `untold_positions`, whether a layer keeps the
-            position ids from its attention function.
+            position ids from its attention function; `parallel`, whether attention and the feed-forward block read the
+            same norm, so that one all-reduce sums both.
         widths: the config value that holds the size of each letter of an intermediate size.
         activation: the config value that names the feed-forward block's activation.
         feed_forward: name of the feed-forward block in a decoder layer.
@@ -126,18 +127,21 @@ class Adapter:
         dense_layers: config value that lists layers which are dense nevertheless.
         sparse_layers_list: config value that, where it is given, lists the sparse layers instead.
         rope: which elements of a head the rotary embedding turns together: `halves`, i and i + D / 2, or `pairs`, 2i
-            and 2i + 1; `partial halves`: of a part of the head, which the config gives; `float32 halves`: in float32.
+            and 2i + 1; `partial halves`: of a part of the head, which the config gives; `float32 halves`, `float32
+            pairs`: in float32; `complex pairs`: so, by cos + i sin.
         rope_types: how a config may stretch the positions.
         norms: names of a layer's norms: before attention, behind it, before the feed-forward block, behind it; empty
             where there is none.
         norm: what a normed row is multiplied with: `weight`, the row rounded to the model's dtype before, or, both in
-            float32, `float32 weight` or `1 + weight`.
+            float32, `float32 weight` or `1 + weight`; `centered weight`: in float32, the row less its mean.
         residual_multiplier: the layer's attribute that what is added to the residual stream is multiplied with.
         layer_types: what the config may call its layers.
         attention_softcap: the config value that attention scores are capped with before the softmax, softly:
             cap * tanh(score / cap).
         logits_softcap: the same of `lm_head`'s output.
         logits_scaling: the config value that the model divides `lm_head`'s output by, where there is one.
+        logits_scale: the config value that it multiplies it with.
+        refused: config values that the runtime does not support where they are true.
         prefix: what a tensor's name may begin with on disk, where the checkpoint holds other models too.
         module: folder of transformers that the family's code lies in, where it is not the model type.
         on_disk: where published checkpoints use other names or shapes than the live model: suffix of a parameter name
@@ -164,6 +168,8 @@ class Adapter:
     attention_softcap: str = ""
     logits_softcap: str = ""
     logits_scaling: str = ""
+    logits_scale: str = ""
+    refused: tuple[str, ...] = ()
     prefix: str = ""
     module: str = ""
     on_disk: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -6,6 +6,7 @@ test_torch_compile.py.
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 
@@ -24,7 +25,8 @@ from tp_runtime.patching import patch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLACEMENTS = ("llama-12/4", "gemma2-9/3", "olmo2-9/3", "starcoder2-9/3", "granite-9/3")  # of norms, one of each kind
+# Of norms, one of each kind.
+PLACEMENTS = ("llama-12/4", "gemma2-9/3", "olmo2-9/3", "starcoder2-9/3", "granite-9/3", "cohere-9/3")
 
 
 def patched(name: str, comm=None) -> PreTrainedModel:
@@ -73,9 +75,11 @@ def test_a_sum_and_the_norm_behind_it_are_one_launch(name, norms):
 
             module.forward = forward
     assert_close(logits_of(model), reference(name).logits)
-    has_norm_in = bool(adapter_for(model.config.model_type).norms[0])
+    adapter = adapter_for(model.config.model_type)
+    has_norm_in = bool(adapter.norms[0])
     assert calls == (["layers.0.input_layernorm", "norm"] if has_norm_in else ["norm"])
-    assert norms == ([True] * 4 if has_norm_in else [False] * 3 + [True])
+    in_a_layer = 2 - adapter.flag("parallel", {})
+    assert norms == ([True] * 2 * in_a_layer if has_norm_in else [False] * 3 + [True])
 
 
 @torch.no_grad()
@@ -202,6 +206,21 @@ def test_a_forward_that_is_a_layers_own_stays():
     assert not any("forward" in vars(module) for module in (model.model.layers[1], model.model.norm))
 
 
+def test_a_parallel_layer_with_a_forward_of_its_own():
+    """Catches parts of a sum over ranks in the hands of a forward that does not reduce them."""
+    whole = reference("cohere-9/3")
+
+    def run(comm):
+        model = whole.copy()
+        layer = model.model.layers[1]
+        layer.forward = functools.partial(layer.forward)
+        tp_runtime.patch(model, comm)
+        return logits_of(model)
+
+    for logits in tp_runtime.run_local(run, 3):
+        assert_close(logits, whole.logits)
+
+
 # Attention in one launch: on a CPU by its reference, where no one asks for it else
 
 CACHES = {
@@ -212,7 +231,7 @@ CACHES = {
 # Name -> of two layers, those whose attention is one launch with a static cache; windows and pairs roll or turn on.
 TAKEN = {
     **dict.fromkeys(("llama-14/2", "qwen3-9/3", "granite-9/3", "phi3-9/3", "smollm3-9/3", "olmo2-9/3"), 2),
-    **dict.fromkeys(("starcoder2-9/3", "mixtral-9/3"), 2),
+    **dict.fromkeys(("starcoder2-9/3", "mixtral-9/3", "cohere-9/3"), 2),
     **dict.fromkeys(("gemma2-9/3", "gemma3_text-14/2", "qwen2-mixed"), 1),
     **dict.fromkeys(("mistral-sliding",), 0),
 }
@@ -290,7 +309,7 @@ def test_a_token_past_a_static_cache_is_an_error(launches):
 # Ops a layer at decode. Beyond 7: starcoder2 has an activation without a gate, and adds biases behind sums over ranks;
 # olmo2 norms q and k over all ranks' heads, in torch's operations.
 LAUNCHES = {
-    **dict.fromkeys(("llama", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "smollm3"), 7),
+    **dict.fromkeys(("llama", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "smollm3", "cohere"), 7),
     "starcoder2": 10,
     "olmo2": 26,
 }

@@ -11,8 +11,9 @@ import re
 import pytest
 import torch
 from generation_modes import MODES
-from tiny_models import DENSE_OPTIONS, TOLERANCE, answers, one_thread, prompt, reference, tiny  # noqa: F401 (a fixture)
+from tiny_models import DENSE_OPTIONS, SIZES, TOLERANCE, answers, one_thread, prompt, reference, tiny  # noqa: F401 (a fixture)
 from transformers import CONFIG_MAPPING
+from transformers.models.cohere import modeling_cohere
 
 import tp_runtime
 from tp_runtime.comm import NullCommunicator
@@ -20,6 +21,7 @@ from tp_runtime.config import GenerationOptions, RuntimeConfig
 from tp_runtime.engine import Engine
 from tp_runtime.plan import make_plan
 from tp_runtime.preflight import check_config
+from tp_runtime.report import plan_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +62,7 @@ def test_the_engine_says_what_generate_says(name):
         assert tokens == want[:, 11:].tolist()
 
 
-@pytest.mark.parametrize("name", ["gemma2-9/3", "gemma2-plain", "gemma3_text-tied", "granite-9/3"])
+@pytest.mark.parametrize("name", ["gemma2-9/3", "gemma2-plain", "gemma3_text-tied", "granite-9/3", "cohere-9/3"])
 def test_logits_of_a_shard_are_the_models(name):
     """Catches logits that the engine samples from uncapped: the same token when greedy, others when not."""
     model, ids = reference(name).copy(), prompt()
@@ -113,7 +115,7 @@ def test_the_collectives_are_those_of_the_plan(name):
     assert sorted(comm.sent) == sorted(planned)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "cohere"])
 def test_norms_and_embeddings_round_as_hugging_faces(family):
     """Catches 1 + weight rounded to 16 bits, a weight behind the rounding, a scale that is not rounded before it."""
     theirs = tiny(family, (9, 3), dtype=torch.bfloat16, hidden_size=45)  # whose root 16 bits do not hold
@@ -123,13 +125,52 @@ def test_norms_and_embeddings_round_as_hugging_faces(family):
     with torch.no_grad():
         assert torch.equal(ours.model.embed_tokens(ids), theirs.model.embed_tokens(ids))
         norms = [path for path, _ in theirs.named_modules() if path.endswith("norm")]
-        assert len(norms) >= 9
+        assert len(norms) >= (3 if family == "cohere" else 9)
         for path in norms:
             our_norm, their_norm = ours.get_submodule(path), theirs.get_submodule(path)
             part = x[..., : their_norm.weight.numel()]
             got = our_norm(part, our_norm.squares(part)) if hasattr(our_norm, "squares") else our_norm(part)
             different = (got != their_norm(part)).float().mean()
             assert got.dtype == torch.bfloat16 and different < 1e-3, path  # sums of squares in another order
+
+
+@pytest.mark.parametrize("tp_size", [2, 3, 5])
+def test_a_parallel_layer_reduces_once(tp_size):
+    """Catches a second all-reduce, and biases of the two projections that are added by every rank."""
+    whole, num_layers = reference("cohere-biased"), SIZES["num_hidden_layers"]
+    plan = make_plan(whole.model.config, tp_size)
+    assert plan_table(plan).endswith("collectives per layer: 1")
+
+    def run(comm):
+        model = whole.copy()
+        tp_runtime.patch(model, comm)
+        sums, all_reduce = [], comm.all_reduce
+
+        def counted(x):
+            sums.append(tuple(x.shape))
+            return all_reduce(x)
+
+        comm.all_reduce = counted
+        with torch.no_grad():
+            return model(whole.ids).logits, sums
+
+    for logits, sums in tp_runtime.run_local(run, tp_size):
+        assert sums == [(*whole.ids.shape, whole.model.config.hidden_size)] * (1 + num_layers)  # the embedding's, too
+        assert (logits - whole.logits).abs().max() <= TOLERANCE
+
+
+def test_pairs_turn_in_float32():
+    """Catches products that are rounded to 16 bits before they are added: Hugging Face turns in float32."""
+    theirs = tiny("cohere", (9, 3), dtype=torch.bfloat16)
+    ours = copy.deepcopy(theirs)
+    tp_runtime.patch(ours)
+    positions = torch.arange(30)[None]
+    qk = torch.randn(1, 12, 30, 8, generator=torch.Generator().manual_seed(4)).bfloat16()
+    cos, sin = theirs.model.rotary_emb(qk, positions)
+    attention = ours.model.layers[0].self_attn
+    got = attention._turned(qk, ours.model.rotary_emb(qk, positions), None)
+    want, _ = modeling_cohere.apply_rotary_pos_emb(qk, qk, cos, sin)
+    assert got.dtype == torch.bfloat16 and (got != want).float().mean() < 1e-3  # a fused multiply-add rounds once
 
 
 def test_the_engine_refuses_to_turn_anew():
@@ -177,6 +218,12 @@ SMOLLM_3 = {
     "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "no_rope_layer_interval": 4,
     "no_rope_layers": [1, 1, 1, 0] * 9, "use_sliding_window": False, "sliding_window": None,
 }  # fmt: skip
+COMMAND_R = {
+    "model_type": "cohere", "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528,
+    "num_hidden_layers": 40, "num_attention_heads": 64, "num_key_value_heads": 64, "logit_scale": 0.0625,
+    "layer_norm_eps": 1e-5, "rope_theta": 8000000.0, "use_qk_norm": False, "max_position_embeddings": 8192,
+    "bos_token_id": 5, "eos_token_id": 255001, "pad_token_id": 0, "torch_dtype": "float16",
+}  # fmt: skip
 PARAMETERS = {  # as the model cards give them
     "gemma3_text": (GEMMA_3, 999_885_952),
     "gemma2": (GEMMA_2, 9_241_705_984),
@@ -184,6 +231,7 @@ PARAMETERS = {  # as the model cards give them
     "phi3 128k": ({**PHI_3, "rope_scaling": LONGROPE, "max_position_embeddings": 131072}, 3_821_079_552),
     "starcoder2": (STARCODER_2, 3_030_371_328),
     "smollm3": (SMOLLM_3, 3_075_098_624),
+    "cohere": (COMMAND_R, 34_980_831_232),
 }
 
 
@@ -230,6 +278,9 @@ def test_a_null_is_no_default():
         (PHI_3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be a number from 0 to 1"),
         (SMOLLM_3, {"no_rope_layers": [1, 0]}, "no_rope_layers [1, 0] says nothing of some of 36 layers"),
         (STARCODER_2, {"use_bias": 1}, "use_bias is 1; it must be true or false"),
+        (COMMAND_R, {"use_qk_norm": True}, "use_qk_norm is not supported in models of type cohere; take one without"),
+        (COMMAND_R, {"logit_scale": None}, "logit_scale is None; it must be a decimal number"),
+        (COMMAND_R, {"layer_norm_eps": None}, "layer_norm_eps is None; it must be a decimal number"),
         (STARCODER_2, {"norm_epsilon": 1}, "norm_epsilon is 1; it must be a decimal number"),
     ],
 )

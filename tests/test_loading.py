@@ -186,7 +186,7 @@ def test_dtype_is_the_asked_one_or_the_stored_one(stored, wanted, tmp_path):
     [
         *("llama-biased", "llama-llama3", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied"),
         *("qwen3_moe-dense-first", "gemma2-tied", "gemma3_text-ropes", "granite-9/3", "starcoder2-sliding"),
-        *("phi3-tied", "smollm3-9/3", "olmo2-9/3"),
+        *("phi3-tied", "smollm3-9/3", "olmo2-9/3", "cohere-biased"),
     ],
 )
 def test_unpatch_after_load_gives_the_whole_model(name, folder_of, tmp_path):

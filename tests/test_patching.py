@@ -85,7 +85,7 @@ def test_every_option_of_a_variant_changes_the_logits():
     "name",
     [
         *("llama-biased", "mixtral-sliding", "qwen3_moe-dense-first", "qwen2_moe-mixed", "llama4_text-sparse"),
-        *("gemma3_text-tied", "phi3-tied", "starcoder2-sliding"),
+        *("gemma3_text-tied", "phi3-tied", "starcoder2-sliding", "cohere-9/3"),
     ],
 )
 def test_the_models_own_outputs_stay(name):
@@ -136,7 +136,7 @@ def test_attention_implementations(name, implementation):
         *("llama-12/2", "qwen2-mixed", "mistral-sliding", "mixtral-sliding", "qwen3_moe-sliding"),
         *("qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-12/1"),
         *("gemma2-tied", "gemma3_text-14/2", "granite-tied", "starcoder2-sliding", "phi3-sliding", "smollm3-sliding"),
-        "olmo2-biased",
+        *("olmo2-biased", "cohere-9/3"),
     ],
 )
 def test_attention_functions_are_told_what_hugging_face_tells_them(name):
@@ -459,7 +459,7 @@ def bytes_of(tensors) -> int:
     "name",
     [
         *("llama-biased", "qwen2-tied", "qwen3-9/3", "mixtral-400", "qwen3_moe-dense-first", "llama4_text-sparse"),
-        *("gemma2-tied", "starcoder2-14/2", "phi3-9/3", "olmo2-14/2"),
+        *("gemma2-tied", "starcoder2-14/2", "phi3-9/3", "olmo2-14/2", "cohere-biased"),
     ],
 )
 def test_the_weights_of_other_ranks_are_released(name, tp_size):
@@ -526,7 +526,7 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
         *("llama-biased", "llama-yarn", "qwen2-tied", "qwen3-9/3", "mixtral-tied", "qwen3_moe-dense-first"),
         *("qwen2_moe-dense-first", "olmoe-clipped", "granitemoe-tied", "llama4_text-14/2"),
         *("gemma2-tied", "gemma3_text-14/2", "granite-9/3", "starcoder2-sliding", "phi3-tied", "smollm3-9/3"),
-        "olmo2-biased",
+        *("olmo2-biased", "cohere-biased"),
     ],
 )
 def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):
@@ -573,7 +573,7 @@ def test_unpatch_gives_the_model_back_bit_for_bit(name, tp_size, tmp_path):
 GLOO_TP = 3
 GLOO_CASES = ["llama-biased", "mistral-sliding", "mixtral-14/2", "qwen2-tied", "qwen3-9/3", "qwen3_moe-dense-first"]
 GLOO_CASES += ["qwen2_moe-mixed", "olmoe-clipped", "granitemoe-tied", "llama4_text-sparse"]
-GLOO_CASES += ["gemma3_text-tied", "phi3-longrope-switch", "starcoder2-sliding", "olmo2-biased"]
+GLOO_CASES += ["gemma3_text-tied", "phi3-longrope-switch", "starcoder2-sliding", "olmo2-biased", "cohere-biased"]
 
 
 def everything(comm) -> dict:

@@ -32,7 +32,7 @@ FAMILIES = [
     {**MIXTRAL, "model_type": "olmoe", "hidden_size": 96, "head_dim": 8},
     {**MIXTRAL, "model_type": "granitemoe"},
     {**LLAMA4, "interleave_moe_layer_step": 2},
-    *({**TINY, "model_type": family} for family in ("gemma2", "starcoder2", "phi3", "olmo2")),
+    *({**TINY, "model_type": family} for family in ("gemma2", "starcoder2", "phi3", "olmo2", "cohere")),
 ]
 
 LLAMA_70B = {
@@ -198,13 +198,16 @@ def test_collectives():
     assert (head.op, head.bytes_per_token) == ("all_gather", 128256 * 2)
     names = [c.name for c in make_plan(QWEN3_MOE, 2).collectives if c.layers == (1,)]
     assert names == ["model.layers.*.mlp.experts.down_proj"]  # layer 0 is dense
-    qwen2_moe, olmoe, _, llama4 = (make_plan(config, 2) for config in FAMILIES[-8:-4])
+    qwen2_moe, olmoe, _, llama4 = (make_plan(config, 2) for config in FAMILIES[-9:-5])
     for plan, block in (qwen2_moe, "mlp"), (llama4, "feed_forward"):
         (merged,) = (c for c in plan.collectives if "expert" in c.name)
         assert merged.name == f"model.layers.*.{block}.experts.down_proj + shared_expert.down_proj"
         assert (merged.layers, merged.bytes_per_token) == ((1,), 96 * 4)
-    names = [c.name for c in make_plan(FAMILIES[-3], 2).collectives if c.layers]  # starcoder2
+    names = [c.name for c in make_plan(FAMILIES[-4], 2).collectives if c.layers]  # starcoder2
     assert names == ["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.c_proj"]
+    (both,) = (c for c in make_plan(FAMILIES[-1], 2).collectives if c.layers)  # cohere
+    assert (both.name, both.layers) == ("model.layers.*.self_attn.o_proj + mlp.down_proj", (0, 1))
+    assert (both.op, both.bytes_per_token) == ("all_reduce", 96 * 4)
     (norms,) = (c for c in olmoe.collectives if "norm" in c.name)
     assert (norms.name, norms.bytes_per_token) == ("model.layers.*.self_attn.q_norm + k_norm", 8)
 

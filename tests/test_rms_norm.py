@@ -7,6 +7,7 @@ import pytest
 import torch
 from exactness import assert_as_exact_as, shuffles
 from interpreted import interpreted
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -30,12 +31,14 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def exact(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None):
+def exact(
+    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False
+):
     """The equation in float64; h is rounded where the model's own residual stream is."""
 
     def norm(x, weight):
-        if bias is not None:
-            return torch.layer_norm(x, weight.shape, weight.double(), bias.double(), EPS)
+        if centered or bias is not None:
+            return torch.layer_norm(x, weight.shape, weight.double(), None if bias is None else bias.double(), EPS)
         return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + unit_offset)
 
     if residual is None:
@@ -51,11 +54,13 @@ def inputs(shape, dtype):
     return x, residual, *(torch.randn(shape[-1]).to(dtype) for _ in range(2))
 
 
-def torch_norm(x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None):
+def torch_norm(
+    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False
+):
     """As Hugging Face's modules compute, one after the other."""
 
     def norm(x, weight):
-        if bias is not None:
+        if centered or bias is not None:
             return torch.layer_norm(x, weight.shape, weight, bias, EPS)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
         return (y * (1 + weight.float())).to(x.dtype) if unit_offset else weight * y.to(x.dtype)
@@ -103,13 +108,14 @@ def test_layer_norm(shape, dtype):
     """Catches a mean over the padded width, one that is not subtracted, a variance about 0, a bias left out."""
     x, residual, weight, bias = inputs(shape, dtype)
     residual = residual + 3
-    (y,) = kernel.run(residual, weight, EPS, bias=bias)
-    (theirs,) = in_all_orders(residual, weight, bias=bias)
-    assert_as_exact_as(y, theirs, exact(residual, weight, bias=bias))
-    outputs = kernel.run(x, weight, EPS, residual, bias=bias)
-    want, theirs = exact(x, weight, residual, bias=bias), in_all_orders(x, weight, residual=residual, bias=bias)
-    for got, wanted, beside in zip(outputs, want, theirs, strict=True):
-        assert_as_exact_as(got, beside, wanted)
+    for options in ({"bias": bias}, {"centered": True}):
+        (y,) = kernel.run(residual, weight, EPS, **options)
+        (theirs,) = in_all_orders(residual, weight, **options)
+        assert_as_exact_as(y, theirs, exact(residual, weight, **options))
+        outputs = kernel.run(x, weight, EPS, residual, **options)
+        want, theirs = exact(x, weight, residual, **options), in_all_orders(x, weight, residual=residual, **options)
+        for got, wanted, beside in zip(outputs, want, theirs, strict=True):
+            assert_as_exact_as(got, beside, wanted)
 
 
 def test_kernel_returns_h_alone_without_weight():
@@ -155,6 +161,10 @@ def test_cpu_form_is_hugging_faces(dtype):
         assert y is h
     y, h = rms_norm(x, weight, EPS, residual, residual_multiplier=0.5)
     assert torch.equal(h, residual + x * 0.5)
+    norm = CohereLayerNorm(64, EPS)
+    norm.weight.data = weight
+    theirs = norm(x).detach()
+    assert_as_exact_as(rms_norm(x, weight, EPS, centered=True), theirs, exact(x, weight, centered=True))
     y, h = rms_norm(x, weight, EPS, residual, bias=post_weight)
     assert torch.equal(y, torch.layer_norm(residual + x, (64,), weight, post_weight, EPS))
 
@@ -166,6 +176,7 @@ def op_arguments():
         yield (x, weight, EPS, residual, offset, 1.0, post)
     yield (x, None, EPS, residual)
     yield (x, weight, EPS, residual, False, 1.0, None, post_weight)
+    yield (x, weight, EPS, residual, False, 1.0, None, None, True)
     yield (torch.randn(4, 2, 45).transpose(0, 1), weight, EPS)
 
 
@@ -197,7 +208,8 @@ def test_compiles_into_one_op():
         ({"residual": torch.ones(2, 1, 64)}, r"residual is \[2, 1, 64\]"),
         ({"residual": torch.ones(2, 64).half()}, "float16"),
         ({"bias": torch.ones(63)}, r"bias is \[63\].*contiguous \[64\]"),
-        ({"bias": torch.ones(64), "unit_offset": True}, "a layer norm, with a bias"),
+        ({"bias": torch.ones(64), "unit_offset": True}, "a layer norm, centered or with a bias"),
+        ({"centered": True, "unit_offset": True}, "a layer norm, centered or with a bias"),
     ],
     ids=str,
 )
@@ -214,7 +226,7 @@ def test_gpu():
     for shape in [(1, 4096), (64, 8192), (33, 2880), (1000, 128), (3, 32768)]:
         x, residual, weight, post_weight = (t.cuda() for t in inputs(shape, torch.bfloat16))
         forms = ({}, {"residual": residual}, {"residual": residual, "post_weight": post_weight})
-        for options in (*forms, {"residual": residual, "bias": post_weight}):
+        for options in (*forms, {"residual": residual, "bias": post_weight}, {"residual": residual, "centered": True}):
             outputs = compiled.run(x, weight, EPS, **options)
             want, theirs = exact(x, weight, **options), torch_norm(x, weight, **options)
             if not options:

@@ -8,6 +8,8 @@ import torch
 from exactness import assert_as_exact_as
 from interpreted import interpreted
 from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as apply_to_pairs
+from transformers.models.cohere.modeling_cohere import rotate_half as rotate_neighbours
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
@@ -139,6 +141,27 @@ def test_cos_in_float32(form):
     theirs = (x.half() for x in apply(q, k, cos, sin))
     for ours, their, exact in zip((got, keys[:, :, :2]), theirs, want):
         assert_as_exact_as(ours, their, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs(form, dtype):
+    """Catches cohere's neighbours taken for halves, the wrong one of a pair negated, a product rounded before its sum,
+    a neighbour without its norm; at a head size whose last block is not full."""
+    for head_dim, with_norm in itertools.product((16, 20), (False, True)):
+        qkv, keys, values = inputs(2, 5, head_dim, dtype)
+        weights = [torch.randn(head_dim).to(dtype) if with_norm else None for _ in range(2)]
+        angle = torch.rand(2, 5, head_dim // 2).repeat_interleave(2, -1) * 6
+        cos, sin = angle.cos().to(dtype).float(), angle.sin().to(dtype).float()  # as Hugging Face's model gives them
+        signed_sin = sin * torch.tensor([-1.0, 1.0]).repeat(head_dim // 2)
+        options = (*weights, EPS, False, True)
+        got = FORMS[form](qkv, cos.unsqueeze(1), signed_sin.unsqueeze(1), keys, values, 3, *options)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        want, theirs = (
+            [normed(x, weight) for x, weight in zip(split(heads, head_dim), weights)] for heads in (qkv.double(), qkv)
+        )
+        for ours, their, x in zip((got, keys[:, :, 3:8]), apply_to_pairs(*theirs, cos, sin, 0), want, strict=True):
+            assert_as_exact_as(ours, their, x * cos + rotate_neighbours(x) * sin)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,11 +19,22 @@ HEADS, KV_HEADS, CAPACITY, EPS = 6, 2, 60, 1e-6
 
 
 def run_kernel(
-    qkv, cos, signed_sin, keys, values, positions, scale, q_weight=None, k_weight=None, unit_offset=False, **options
+    qkv,
+    cos,
+    signed_sin,
+    keys,
+    values,
+    positions,
+    scale,
+    q_weight=None,
+    k_weight=None,
+    unit_offset=False,
+    pairs=False,
+    **options,
 ):
     q = qkv.unflatten(2, (-1, keys.shape[3])).transpose(1, 2)[:, : -2 * keys.shape[1]]
     first, positions = (positions, None) if isinstance(positions, int) else (0, positions)
-    new = kernel.New(cos, signed_sin, q_weight, k_weight, EPS, unit_offset)
+    new = kernel.New(cos, signed_sin, q_weight, k_weight, EPS, unit_offset, pairs)
     launch = {"new": new, "ahead": first + 1, "config": kernel.Config(*FEW), "num_sms": 16}
     return kernel.run(q, keys, values, scale, lengths=positions, **launch, **options)
 
@@ -61,7 +72,7 @@ def assert_same(form, arguments, positions, norm=(), **options):
         # torch multiplies what a mask hides with 0, and 0 * NaN is NaN.
         for cache in (keys, values):
             cache.nan_to_num_(0)
-    named = dict(zip(("q_weight", "k_weight", "unit_offset"), norm[:2] + norm[3:]))
+    named = dict(zip(("q_weight", "k_weight", "unit_offset", "pairs"), norm[:2] + norm[3:]))
     got = [FORMS[form](qkv, cos, signed_sin, keys, values, positions, 0.2, **named, **options)]
     for ours, theirs, best in zip([*got, keys.nan_to_num(0), values.nan_to_num(0)], want, exact, strict=True):
         if ours.dtype == torch.float32:
@@ -88,6 +99,13 @@ def test_rotation_and_norm(form, dtype):
     for (head_dim, rotary_dim), with_norm in itertools.product([(16, None), (80, 32)], [False, True]):
         weights = [torch.randn(head_dim).to(dtype) for _ in range(2)]
         assert_same(form, inputs(head_dim, dtype, rotary_dim), 40, (*weights, EPS, True) if with_norm else ())
+
+
+@BOTH
+def test_pairs(form):
+    """Catches the new token's key turned in halves where the query is turned in pairs."""
+    for head_dim, weights in ((16, [None] * 2), (80, [torch.randn(80), torch.randn(80)])):
+        assert_same(form, inputs(head_dim), 40, (*weights, EPS, False, True))
 
 
 @BOTH

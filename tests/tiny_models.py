@@ -88,6 +88,7 @@ DENSE_OPTIONS = {
     "phi3": {"partial_rotary_factor": 0.5, **_NO_IDS},
     "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": False, **_NO_IDS},
     "olmo2": _NO_IDS,
+    "cohere": {"logit_scale": 0.8, "tie_word_embeddings": False, **_NO_IDS},
 }
 EVERY_SIZE = (1, 2, 3, 4, 5)  # tp_size
 TOLERANCE = 2e-5  # of float32 logits; seen: 3e-6
@@ -152,6 +153,11 @@ VARIANTS |= {
     "phi3-longrope": ("phi3", (12, 4), _LONGROPE),
     "phi3-longrope-switch": ("phi3", (12, 2), {**_LONGROPE, "original_max_position_embeddings": 11}),
     "smollm3-sliding": ("smollm3", (9, 3), {**_SLIDING, "tie_word_embeddings": True}),
+    "cohere-biased": (
+        "cohere",
+        (14, 2),
+        {"attention_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
+    ),
     "olmo2-biased": ("olmo2", (9, 3), {"attention_bias": True, "tie_word_embeddings": True}),
 }
 for _type, _scaling in ROPE.items():

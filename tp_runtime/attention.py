@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import next_room
+from .kernels.rope import partners
 from .kernels.rope_decode_attention import rope_decode_attention
 from .layers import QKVParallelLinear, RowParallelLinear
 from .plan import HeadPlan, Range
@@ -34,14 +35,14 @@ def has_one_launch(qkv: torch.Tensor) -> bool:
 class RotaryEmbedding(nn.Module):
     """Hugging Face's rotary embedding, in the form that `ParallelAttention` multiplies with.
 
-    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated: computed
-    once a forward pass, not once a layer.
+    rotate_half(x) * sin == roll(x, D / 2) * signed_sin, where signed_sin is sin with its first half negated, or, of
+    pairs, the first of each: computed once a forward pass, not once a layer.
 
     Args:
         rope: which elements of a head turn together, as in `Adapter.rope`.
 
     Returns:
-        `halves`: cos and signed sin, [B, 1, S, D] each, D of what is turned; `pairs`: cos + i sin, [B, 1, S, D / 2].
+        cos and signed sin, [B, 1, S, D] each, D of what is turned; `complex pairs`: cos + i sin, [B, 1, S, D / 2].
     """
 
     def __init__(self, rotary_emb: nn.Module, rope: str = "halves"):
@@ -51,9 +52,12 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        if self.rope == "pairs":
+        if self.rope == "complex pairs":
             return self.rotary_emb(x, position_ids=position_ids).unsqueeze(1)
         cos, sin = self.rotary_emb(x, position_ids, *layer_type)
+        if self.rope == "float32 pairs":
+            first, second = sin.float().unflatten(-1, (-1, 2)).unbind(-1)
+            return cos.float().unsqueeze(1), torch.stack((-first, second), dim=-1).flatten(-2).unsqueeze(1)
         low, high = sin.chunk(2, dim=-1)
         return cos.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)
 
@@ -152,7 +156,7 @@ class ParallelAttention(nn.Module):
         self.has_qk_norm = has_norms and not self.has_wide_norm
         self._knows_positions = bool(getattr(attention, "use_rope", True))
         self._turns_halves = rope == "halves" and self._knows_positions
-        self._turns_pairs = rope == "pairs"
+        self._is_complex, self._in_pairs = rope == "complex pairs", rope == "float32 pairs"
         self._clip = getattr(self.config, "clip_qkv", None)
         self._last_norm_eps = attention.qk_norm.eps if hasattr(attention, "qk_norm") else None
 
@@ -186,7 +190,7 @@ class ParallelAttention(nn.Module):
             cos, signed_sin = position_embeddings
             qk = torch.addcmul(qk * cos, qk.roll(self._half, -1), signed_sin)
         else:
-            turn = self._as_in_llama4 if self._turns_pairs else self._turned
+            turn = self._as_in_llama4 if self._is_complex else self._turned
             qk = turn(qk, position_embeddings, past_key_values)
         q, k = torch.split_with_sizes(qk, self._split_q_k, 1)
         if past_key_values is not None:
@@ -205,18 +209,18 @@ class ParallelAttention(nn.Module):
         """Attention's output [B, 1, H_q * D] for qkv [B, 1, ...]; None where the op would not compute what `attend`
         does, or the cache does not let it write."""
         is_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
-        if not is_mask or self._turns_pairs or (attend is not self._plain_sdpa and attend is not self._eager):
+        if not is_mask or self._is_complex or (attend is not self._plain_sdpa and attend is not self._eager):
             return None
         if (room := next_room(past_key_values, self.layer_idx)) is None:
             return None
         cos, signed_sin = position_embeddings if self._knows_positions else (None, None)
-        norms: tuple = ()
+        norms: tuple = (None, None, 0.0, False)
         if self.has_qk_norm:
             q_norm, k_norm = self.q_norm, self.k_norm
             norms = (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.unit_offset)
         keys, values, position, _ = room
         # The window is in the mask, if there is one that keeps a token out: a mask of the caller's may have none.
-        options = (self.scaling, self._kv_of_query, mask, None, self._softcap, None, *norms)
+        options = (self.scaling, self._kv_of_query, mask, None, self._softcap, None, *norms, self._in_pairs)
         y = rope_decode_attention(qkv, cos, signed_sin, keys, values, position, *options)
         room.written()
         return y
@@ -236,7 +240,7 @@ class ParallelAttention(nn.Module):
         cos, signed_sin = position_embeddings
         size = cos.shape[-1]
         part = qk[..., :size]
-        turned = torch.addcmul(part * cos, part.roll(size // 2, -1), signed_sin).type_as(qk)
+        turned = torch.addcmul(part * cos, partners(part, self._in_pairs), signed_sin).type_as(qk)
         return turned if size == self.head_dim else torch.cat((turned, qk[..., size:]), dim=-1)
 
     def _as_in_llama4(self, qk: torch.Tensor, position_embeddings: torch.Tensor, past_key_values) -> torch.Tensor:

@@ -9,11 +9,19 @@ or both (`Adapter.norms`):
     y    = down_proj(act(gate) * up)           all-reduce; or the experts
     h, y = h + y, next_norm(h + y)             one launch; the next layer's norm, at last the model's
 
+Where both parts read the same norm (`parallel`), one all-reduce and one launch serve both:
+
+    y    = o_proj(attention(qkv_proj(y))) + down_proj(act(gate) * up)      this rank's parts; all-reduce
+    h, y = x + y, next_norm(x + y)                                         one launch
+
+A hook on attention or on the feed-forward block of such a layer is given this rank's part.
+
 A layer returns h, as Hugging Face's does: hooks and recorded hidden states are those of the unpatched model. What it
 has normed for the next layer it leaves in `Ahead`; who norms h takes it from there if handed that very tensor, and else
 norms what it is handed. So layers may be left out, cut short, called alone, or run in two lanes.
 
-At decode a dense layer is seven launches: q k v, attention with rope and cache, o, norm, gate and up, down, norm.
+At decode a dense layer is seven launches: q k v, attention with rope and cache, o, norm, gate and up, down, norm; in a
+parallel one the two parts' addition takes the place of the norm in the middle.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ from .kernels.rms_norm import rms_norm
 from .layers import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from .model_config import FUSED_ACTIVATIONS
 from .models.adapter import Adapter
+from .overlap import Overlap, all_reduce
 
 
 class Ahead:
@@ -92,10 +101,17 @@ class DecoderBlock:
         following: the next layer; None for the last.
         last_norm: the model's, behind all layers.
         ahead: shared by the layers of a model.
+        overlap: how a parallel layer's all-reduce is scheduled.
     """
 
     def __init__(
-        self, layer: nn.Module, following: nn.Module | None, last_norm: nn.Module, adapter: Adapter, ahead: Ahead
+        self,
+        layer: nn.Module,
+        following: nn.Module | None,
+        last_norm: nn.Module,
+        adapter: Adapter,
+        ahead: Ahead,
+        overlap: Overlap,
     ):
         names = adapter.norms
         parts = layer._modules
@@ -107,6 +123,8 @@ class DecoderBlock:
         self._scale = float(getattr(layer, adapter.residual_multiplier)) if adapter.residual_multiplier else 1.0
         self._eps = last_norm.eps
         self._is_unit_offset = getattr(last_norm, "unit_offset", False)  # torch's layer norm says nothing
+        self._is_centered = getattr(last_norm, "centered", False)
+        self._is_parallel, self._overlap = adapter.flag("parallel", {}), overlap
         self._untold = ("position_ids",) if adapter.flag("untold_positions", {}) else ()
         self._argument_names = list(inspect.signature(layer.forward).parameters)[1:]
         assert all(norm is None or norm.eps == self._eps for norm in map(parts.get, names))
@@ -121,9 +139,13 @@ class DecoderBlock:
             y = x
         elif (y := self._ahead.take(norm, x)) is None:
             y = norm(x)
-        y, _ = parts["self_attn"](hidden_states=y, **kwargs)
-        x, y = self._added(x, y, self._attention_out, self._feed_forward_in)
-        y = parts[self._feed_forward](y)
+        if self._is_parallel:
+            y = parts["self_attn"](hidden_states=y, **kwargs)[0] + parts[self._feed_forward](y)
+            y = all_reduce(y, self._overlap)
+        else:
+            y, _ = parts["self_attn"](hidden_states=y, **kwargs)
+            x, y = self._added(x, y, self._attention_out, self._feed_forward_in)
+            y = parts[self._feed_forward](y)
         if isinstance(y, tuple):  # a sparse block that returns the router's logits as well
             y = y[0]
         if not self._looks_ahead():
@@ -152,7 +174,7 @@ class DecoderBlock:
         p = {} if fused is None else fused._parameters
         behind_weight = None if behind is None else behind._parameters["weight"]
         options = (self._is_unit_offset, self._scale, behind_weight, p.get("bias"))
-        y, h = rms_norm(y, p.get("weight"), self._eps, residual, *options)
+        y, h = rms_norm(y, p.get("weight"), self._eps, residual, *options, self._is_centered and fused is not None)
         return h, y if norm is None or fused is not None else norm(h)
 
 

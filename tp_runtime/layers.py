@@ -117,6 +117,15 @@ class RowParallelLinear(nn.Module):
         return f"{features}, bias={self.bias is not None}"
 
 
+class PartialLinear(RowParallelLinear):
+    """This rank's part of that sum, [..., N], for who adds it to other parts and reduces all at once; `overlap` tells
+    how. The first rank's part has the bias."""
+
+    def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
+        p = self._parameters
+        return gemm(x_shard_k, p["weight"], p["bias"] if self.overlap.comm.rank == 0 else None)
+
+
 class VocabParallelEmbedding(nn.Module):
     """y[..., H] = weight[ids], each rank holding rows [start, stop) of the table: one all-reduce, exact in any dtype.
 
@@ -180,6 +189,7 @@ class ParallelLMHead(nn.Module):
         vocab: each rank's part of the vocabulary.
         tied: the embedding whose table this head shares, or None.
         logits_scaling: what Hugging Face's model divides this module's output by, to get its logits.
+        logits_scale: what it multiplies it with.
         logits_softcap: what it then caps them with, cap * tanh(logits / cap).
     """
 
@@ -191,11 +201,12 @@ class ParallelLMHead(nn.Module):
         comm: Communicator,
         tied: VocabParallelEmbedding | None = None,
         logits_scaling: float = 1.0,
+        logits_scale: float = 1.0,
         logits_softcap: float | None = None,
     ):
         super().__init__()
         self.comm, self.hidden_size = comm, hidden_size
-        self.logits_scaling, self.logits_softcap = logits_scaling, logits_softcap
+        self.logits_scaling, self.logits_scale, self.logits_softcap = logits_scaling, logits_scale, logits_softcap
         self.lengths = [stop - start for start, stop in vocab]
         self.vocab = vocab[comm.rank]
         object.__setattr__(self, "tied", tied)  # not a child: the embedding stands in the module tree once
@@ -212,6 +223,8 @@ class ParallelLMHead(nn.Module):
         y = gemm(x, self.weight)
         if self.logits_scaling != 1:
             y = y / self.logits_scaling
+        if self.logits_scale != 1:
+            y = y * self.logits_scale
         return y if self.logits_softcap is None else torch.tanh(y / self.logits_softcap) * self.logits_softcap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -228,7 +241,7 @@ class ParallelLMHead(nn.Module):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; whole on every rank. One op, HF's takes eight."""
 
-    unit_offset = False
+    unit_offset = centered = False
 
     def __init__(self, size: int, eps: float, like: torch.Tensor):
         super().__init__()
@@ -236,7 +249,7 @@ class RMSNorm(nn.Module):
         self._shape = (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self._parameters["weight"], self.eps, unit_offset=self.unit_offset)
+        return rms_norm(x, self._parameters["weight"], self.eps, unit_offset=self.unit_offset, centered=self.centered)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.weight.detach()}
@@ -249,3 +262,9 @@ class UnitOffsetRMSNorm(RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), all in float32, rounded once (Gemma)."""
 
     unit_offset = True
+
+
+class LayerNorm(RMSNorm):
+    """y = (x - mean(x)) / sqrt(variance(x) + eps) * weight, all in float32, rounded once (Cohere)."""
+
+    centered = True

@@ -39,7 +39,9 @@ LIMITS: dict[str, tuple[tuple[type, ...], float, float]] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (FLOAT, 1e-6, 1e6)),
     **dict.fromkeys(("query_pre_attn_scalar", "sliding_window_pattern"), (INT, 1, 2**20)),
     "attn_scale": (FLOAT, 0, 1e6),
-    **dict.fromkeys(("rms_norm_eps", "norm_epsilon", "initializer_range", "router_jitter_noise"), (FLOAT, 0, 1)),
+    "logit_scale": (FLOAT, 1e-6, 1e6),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon"), (FLOAT, 0, 1)),
+    **dict.fromkeys(("initializer_range", "router_jitter_noise"), (FLOAT, 0, 1)),
     **dict.fromkeys(("attention_dropout", "partial_rotary_factor"), (NUMBER, 0, 1)),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), (NUMBER, 1e-6, 1e15)),
     "rope_local_base_freq": (NUMBER, 1e-6, 1e15),
@@ -189,6 +191,9 @@ def _check_layers(adapter: Adapter, config: Mapping) -> None:
     window = config.get("sliding_window", default := adapter.defaults.get("sliding_window"))
     if window is None and "sliding_attention" in (types or (["sliding_attention"] if default else [])):
         raise ValueError("some layers attend within a sliding window, but sliding_window is not given")
+    for key in adapter.refused:
+        if config.get(key):
+            raise ValueError(f"{key} is not supported in models of type {adapter.model_type}; take one without")
     if config.get("use_bidirectional_attention"):
         raise ValueError(
             "use_bidirectional_attention makes this an encoder; models that see what follows do not generate"

@@ -234,7 +234,7 @@ def make_plan(path_or_config, tp_size: int, *, dtype: str = "auto") -> Plan:
         head_dim=head_dim,
         heads=heads,
         parameters=parameters,
-        collectives=_collectives(parameters, ITEM_BYTES[dtype]) if tp_size > 1 else (),
+        collectives=_collectives(parameters, ITEM_BYTES[dtype], adapter.flag("parallel", {})) if tp_size > 1 else (),
     )
 
 
@@ -258,9 +258,9 @@ def _cut_parameter(parameter: Parameter, parts: Mapping, tp_size: int) -> Parame
     return ParameterPlan(parameter.name, parameter.style, parameter.shape, parameter.layers, dim, ranges)
 
 
-def _collectives(parameters: tuple[ParameterPlan, ...], item_bytes: int) -> tuple[Collective, ...]:
-    """One all-reduce after each projection whose input features are cut, routed and shared experts together; one of
-    the sums of squares of a norm whose width is cut; one gather of the logits."""
+def _collectives(parameters: tuple[ParameterPlan, ...], item_bytes: int, is_parallel: bool) -> tuple[Collective, ...]:
+    """One all-reduce after each projection whose input features are cut, routed and shared experts together, and
+    all of a parallel layer; one of the sums of squares of a norm whose width is cut; one gather of the logits."""
     vocab, hidden = next(p.shape for p in parameters if p.style == "embedding_rowwise")
     found: dict[tuple[str, tuple[int, ...]], Collective] = {}
     for p in parameters:
@@ -268,9 +268,9 @@ def _collectives(parameters: tuple[ParameterPlan, ...], item_bytes: int) -> tupl
         if p.dim is None:
             continue
         if module in ("embed_tokens", "o_proj", "down_proj", "c_proj"):
-            block = re.sub(r"\.(shared_)?experts?$", "", path)
+            block = re.sub(r"\.(self_attn|mlp)$" if is_parallel else r"\.(shared_)?experts?$", "", path)
             before = found.get((block, p.layers))
-            name = f"{before.name} + {path[len(block) + 1 :]}.down_proj" if before else f"{path}.{module}"
+            name = f"{before.name} + {path[len(block) + 1 :]}.{module}" if before else f"{path}.{module}"
             found[block, p.layers] = Collective(name, "all_reduce", hidden * item_bytes, p.layers)
         elif module == "q_norm":
             found[p.name, p.layers] = Collective(f"{path}.q_norm + k_norm", "all_reduce", 2 * 4, p.layers)

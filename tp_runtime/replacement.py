@@ -5,8 +5,8 @@ What is replaced, by attribute name, in the instance and never in a class:
     model.embed_tokens         VocabParallelEmbedding          layer.mlp (dense)      ParallelMLP
     model.rotary_emb           RotaryEmbedding                 layer.mlp (no gate)    UngatedMLP
     layer.self_attn            ParallelAttention               layer.mlp (sparse)     ParallelMoE
-    every RMS norm             RMSNorm, UnitOffsetRMSNorm,     lm_head                ParallelLMHead
-                               WideRMSNorm                     a router's forward     routed
+    every norm but torch's     RMSNorm, UnitOffsetRMSNorm,     lm_head                ParallelLMHead
+                               WideRMSNorm, LayerNorm          a router's forward     routed
     a layer's forward          DecoderBlock                    model.norm's forward   LastNorm
 """
 
@@ -22,12 +22,14 @@ from transformers.activations import ACT2FN
 
 from .attention import ParallelAttention, RotaryEmbedding, WideRMSNorm
 from .block import Ahead, DecoderBlock, LastNorm, ParallelMLP, UngatedMLP
-from .comm import Communicator, NullCommunicator
+from .comm import Communicator
 from .experts import ParallelExperts, ParallelMoE, routed
 from .layers import (
     ColumnParallelLinear,
+    LayerNorm,
     MergedColumnParallelLinear,
     ParallelLMHead,
+    PartialLinear,
     QKVParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -138,51 +140,60 @@ def _replace_layer(model: nn.Module, state: Patch, path: str, layer: nn.Module) 
     for name, _ in list(layer.named_children()):
         if name.endswith("norm"):
             _replace_norm(model, state, f"{path}.{name}")
-    _replace_attention(model, state, f"{path}.self_attn", layer.self_attn, like)
+    # Its block adds up the parts; a forward of someone's own, which stays, takes them whole.
+    is_partial = state.adapter.flag("parallel", {}) and not _has_own_forward(layer)
+    _replace_attention(model, state, f"{path}.self_attn", layer.self_attn, like, is_partial)
     path, block = f"{path}.{state.adapter.feed_forward}", getattr(layer, state.adapter.feed_forward)
     if hasattr(block, "experts"):
         _replace_moe(model, state, path, block, like)
     else:
         mlp = _ungated_mlp if hasattr(block, "c_fc") else _mlp
-        state.swap(model, path, mlp(model, state, path, state.overlap, like))
+        state.swap(model, path, mlp(model, state, path, like, is_partial))
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether someone has wrapped this one layer, as accelerate does."""
+    return "forward" in vars(layer)
 
 
 def _fuse_layers(model: nn.Module, state: Patch) -> None:
     layers, norm = list(model.model.layers), model.model.norm
     for layer, following in zip(layers, [*layers[1:], None]):
-        if "forward" in vars(layer):  # someone's own, as accelerate's
+        if _has_own_forward(layer):
             continue
-        block = DecoderBlock(layer, following, norm, state.adapter, state.ahead)
+        block = DecoderBlock(layer, following, norm, state.adapter, state.ahead, state.overlap)
         state.hooks.append(_OwnForward(layer, block.forward))
     state.hooks.append(_OwnForward(norm, LastNorm(norm, state.ahead).forward))
 
 
-def _replace_attention(model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor) -> None:
+def _replace_attention(
+    model: nn.Module, state: Patch, path: str, attention: nn.Module, like: torch.Tensor, is_partial: bool
+) -> None:
     for norm in ("q_norm", "k_norm"):
         if hasattr(attention, norm):
             _replace_norm(model, state, f"{path}.{norm}")
     adapter, is_packed = state.adapter, hasattr(attention, "qkv_proj")
     names = ("qkv_proj",) if is_packed else ("q_proj", "k_proj", "v_proj")
     qkv_proj = _columns(QKVParallelLinear, state, path, names, like)
-    o_proj = _rows(state, f"{path}.o_proj", state.overlap, like)
+    o_proj = _rows(state, f"{path}.o_proj", like, is_partial)
     softcap = getattr(model.config, adapter.attention_softcap) if adapter.attention_softcap else None
     heads, is_windowed = state.plan.heads[state.comm.rank], adapter.flag("windowed", {})
     new = ParallelAttention(attention, heads, qkv_proj, o_proj, adapter.rope, is_windowed, softcap)
     state.swap(model, path, new)
 
 
-def _mlp(model: nn.Module, state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> ParallelMLP:
+def _mlp(model: nn.Module, state: Patch, path: str, like: torch.Tensor, is_partial: bool) -> ParallelMLP:
     is_packed = f"{path}.gate_up_proj.weight" in state.parameters
     names = ("gate_up_proj",) if is_packed else ("gate_proj", "up_proj")
     gate_up_proj = _columns(MergedColumnParallelLinear, state, path, names, like)
-    down_proj = _rows(state, f"{path}.down_proj", overlap, like)
+    down_proj = _rows(state, f"{path}.down_proj", like, is_partial)
     activation = getattr(model.config, state.adapter.activation)
     return ParallelMLP(gate_up_proj, down_proj, activation, ACT2FN[activation])
 
 
-def _ungated_mlp(model: nn.Module, state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> UngatedMLP:
+def _ungated_mlp(model: nn.Module, state: Patch, path: str, like: torch.Tensor, is_partial: bool) -> UngatedMLP:
     c_fc = _columns(ColumnParallelLinear, state, path, ("c_fc",), like)
-    c_proj = _rows(state, f"{path}.c_proj", overlap, like)
+    c_proj = _rows(state, f"{path}.c_proj", like, is_partial)
     return UngatedMLP(c_fc, c_proj, ACT2FN[getattr(model.config, state.adapter.activation)])
 
 
@@ -201,8 +212,7 @@ def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, li
     state.hooks.append(_OwnForward(router, routed(router, config.num_experts_per_tok, routing, renormalise)))
     shared = shared_gate = None
     if routing.shared:
-        nobody = NullCommunicator(rank, state.comm.size, state.comm.device)  # the block reduces, once
-        shared = _mlp(model, state, f"{path}.{routing.shared}", Overlap(nobody, "off"), like)
+        shared = _mlp(model, state, f"{path}.{routing.shared}", like, is_partial=True)  # the block reduces, once
     if routing.shared_gate:
         shared_gate = getattr(block, routing.shared_gate)
     new = ParallelMoE(routing, router, _fill(f"{path}.experts", experts, state), shared, shared_gate)
@@ -216,11 +226,12 @@ def _columns(cls, state: Patch, path: str, names: tuple[str, ...], like: torch.T
     return _fill(f"{path}.{names[0]}", new, state)
 
 
-def _rows(state: Patch, path: str, overlap: Overlap, like: torch.Tensor) -> RowParallelLinear:
+def _rows(state: Patch, path: str, like: torch.Tensor, is_partial: bool) -> RowParallelLinear:
     entry = state.plan.parameter(f"{path}.weight")
     (out_features, in_features), (_, in_features_local) = entry.shape, entry.local_shape(state.comm.rank)
     bias = f"{path}.bias" in state.parameters
-    new = RowParallelLinear(in_features, in_features_local, out_features, bias, like, overlap)
+    cls = PartialLinear if is_partial else RowParallelLinear
+    new = cls(in_features, in_features_local, out_features, bias, like, state.overlap)
     return _fill(path, new, state)
 
 
@@ -230,7 +241,8 @@ def _replace_norm(model: nn.Module, state: Patch, path: str) -> None:
         return  # torch's own: one op already, and whole on every rank
     eps = old.variance_epsilon if hasattr(old, "variance_epsilon") else old.eps
     if entry.dim is None:
-        cls = UnitOffsetRMSNorm if state.adapter.norm == "1 + weight" else RMSNorm
+        kinds = {"1 + weight": UnitOffsetRMSNorm, "centered weight": LayerNorm}
+        cls = kinds.get(state.adapter.norm, RMSNorm)
         new = cls(old.weight.numel(), eps, old.weight)
     else:
         (start, stop), before = entry.ranges[rank][0], entry.ranges[rank - 1][0][1] if rank else 0
@@ -250,6 +262,7 @@ def _replace_head(model: nn.Module, state: Patch) -> None:
         state.comm,
         tied=embedding if is_tied else None,
         logits_scaling=getattr(model.config, adapter.logits_scaling) if adapter.logits_scaling else 1.0,
+        logits_scale=getattr(model.config, adapter.logits_scale) if adapter.logits_scale else 1.0,
         logits_softcap=getattr(model.config, adapter.logits_softcap) if adapter.logits_softcap else None,
     )
     state.swap(model, "lm_head", _fill("lm_head", new, state))

@@ -88,6 +88,7 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
         form("residual, 1 + post-norm", small, residual, small, unit_offset=True),
         form("h alone", None, residual, post_weight),
         form("residual, layer norm", weight, residual, post_weight, is_layer_norm=True),
+        form("residual, layer norm without bias", weight, residual, centered=True),
     ]
 
 
@@ -172,12 +173,15 @@ def rope_forms(
         tokens=1, dim=head_dim,
     )  # fmt: skip
     middle = torch.tensor([capacity // 2], device=device)
+    in_pairs = (None, None, EPS, False, True)
     return [
         apart("a prompt", tokens=min(50, capacity), where=0, dim=head_dim),
         apart("partial", tokens=1, where=middle, dim=head_dim // 2),
+        _with(apart("pairs", tokens=1, where=middle, dim=head_dim), *in_pairs),
         _with(apart("places, norms", tokens=1, where=places, dim=head_dim), *norms, EPS, False),
         _with(fused("at the host's place", where=capacity // 2), scale),
         _with(fused("at the device's place", where=middle), scale),
+        _with(fused("pairs", where=middle), scale, *[None] * 5, *in_pairs),
         _with(fused("places, norms, window", where=places), scale, None, None, 40, None, None, *norms, EPS, False),
     ]
 
