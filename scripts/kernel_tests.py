@@ -60,7 +60,8 @@ def main(arguments):
     if wanted.triton and wanted.triton != version("triton"):
         path = [str(triton_folder(wanted.triton)), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(path)
-    os.execve(sys.executable, [sys.executable, "-m", "pytest", *test_files(), *pytest_arguments], environment)
+    command = [sys.executable, "-m", "pytest", "-m", "slow or not slow", *test_files(), *pytest_arguments]
+    os.execve(sys.executable, command, environment)
 
 
 if __name__ == "__main__":

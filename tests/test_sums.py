@@ -1,4 +1,7 @@
-"""The demo's promise: all 10 000 sums of 0 to 99, at every number of ranks, in float32 and bfloat16 (row D4)."""
+"""The demo's promise: all 10 000 sums of 0 to 99, at every number of ranks, in float32 and bfloat16 (row D4).
+
+bfloat16 takes a CPU without instructions for it half a minute a model: there all of them are `slow`, else every 37th.
+"""
 
 import pytest
 import torch
@@ -33,19 +36,22 @@ def texts():
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, step", [("float32", 1), ("bfloat16", 37), pytest.param("bfloat16", 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["demo:llama", "demo:mixtral"])
-def test_all_sums_are_right(texts, name, dtype, tp_size):
+def test_all_sums_are_right(texts, name, dtype, step, tp_size):
     """Catches a cut that is nearly right: one head, one row or one expert too few shows in some of 10 000 answers."""
 
     def wrong_sums(comm):
         model = tp_runtime.load(name, comm, RuntimeConfig(dtype=dtype))
         wrong = []
         with torch.inference_mode():
-            for first in range(0, len(PAIRS), 500):
-                ids, targets = (part[first : first + 500] for part in texts)
+            pairs, all_texts = PAIRS[::step], [part[::step] for part in texts]
+            for first in range(0, len(pairs), 500):
+                ids, targets = (part[first : first + 500] for part in all_texts)
                 is_wrong = (model(ids, use_cache=False).logits.argmax(-1) != targets) & (targets != IGNORED)
-                wrong += [PAIRS[first + i] for i in is_wrong.any(dim=1).nonzero().flatten().tolist()]
+                wrong += [pairs[first + i] for i in is_wrong.any(dim=1).nonzero().flatten().tolist()]
         return wrong
 
     assert tp_runtime.run_local(wrong_sums, tp_size) == [[]] * tp_size
