@@ -194,6 +194,7 @@ def interpreted_experts(monkeypatch):
     ]
     monkeypatch.setattr(grouped_gemm, "candidates", lambda m, n, k, dtype: small)
     monkeypatch.setattr(grouped_gemm, "run", interpreted("grouped_gemm").run)
+    torch.manual_seed(0)
 
 
 def small_case(**form) -> experts.Case:
