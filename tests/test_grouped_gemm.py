@@ -79,7 +79,9 @@ def test_odd_widths(name, is_transposed):
         assert_exact(run(CONFIGS[name], given, is_transposed=is_transposed), given, is_transposed=is_transposed)
 
 
-@pytest.mark.parametrize("num_tokens, num_experts, top_k", [(300, 64, 4), (300, 2, 2), (64, 64, 8)])
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, top_k", [pytest.param(300, 64, 4, marks=pytest.mark.slow), (300, 2, 2), (64, 64, 8)]
+)
 @pytest.mark.parametrize("skew", [0.0, 9.0])
 def test_many_tokens(num_tokens, num_experts, top_k, skew):
     """Catches tiles that are counted wrongly where an expert has many of them, or none."""

@@ -13,7 +13,7 @@ from generation_modes import MODES, SAMPLED, Collector
 from gloo_ranks import run_gloo
 from tiny_models import (
     CASES,
-    EVERY_SIZE,
+    SIZES_BY_HASTE,
     SPARSE,
     TOLERANCE,
     VARIANTS,
@@ -62,7 +62,7 @@ def error_of(fn, *args, **kwargs) -> str:
 # Logits and tokens
 
 
-@pytest.mark.parametrize("tp_size", EVERY_SIZE)
+@pytest.mark.parametrize("tp_size", SIZES_BY_HASTE)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens_are_those_of_the_whole_model(name, tp_size):
     """Catches a wrong head, column, window, angle or expert on any rank, and ranks that go apart."""
@@ -197,7 +197,7 @@ def assert_about_as_exact(family: str, errors: list[float]) -> None:
     assert errors[0] <= limit * rms_error_on_one_rank(family)
 
 
-@pytest.mark.parametrize("tp_size", [2, 3, 5])
+@pytest.mark.parametrize("tp_size", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_about_as_exact_as_on_one_rank(family, tp_size):
     """Catches partial sums that are rounded more than once."""

@@ -32,10 +32,15 @@ CACHES = {
     "ours": lambda model: KVCache(model.config.num_hidden_layers, 32),
 }
 CASES = {
-    "alone": [*((family, "dynamic") for family in DENSE), ("llama", "static"), ("llama", "ours")],
+    "alone": [("llama", "dynamic"), ("llama", "static"), ("llama", "ours"), ("gemma3_text", "dynamic")],
+    "others": [(family, "dynamic") for family in DENSE if family not in ("llama", "gemma3_text")],  # minutes
     "gloo": [("llama", "dynamic"), ("llama", "static")],
 }
-EVERY_CASE = [(kind, *case) for kind, cases in CASES.items() for case in cases]
+EVERY_CASE = [
+    pytest.param(kind, *case, marks=pytest.mark.slow if kind == "others" else ())
+    for kind, cases in CASES.items()
+    for case in cases
+]
 BACKENDS: dict[str, dict] = {"aot_eager": {"backend": "aot_eager"}}
 if shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists():
     # Without compiling in processes, which stay, and headers, of which a test uses few.
@@ -81,10 +86,10 @@ def decode(model, forward, make_cache) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, logits.argmax(-1)
 
 
-def compiled(comm) -> dict:
+def compiled(comm, kind: str = "gloo") -> dict:
     """One rank's results by case: logits of a prompt, then `decode`'s, and the graphs that each took."""
     out = {}
-    for family, cache in CASES["gloo" if comm.size > 1 else "alone"]:
+    for family, cache in CASES[kind]:
         model = small(family)
         tp_runtime.patch(model, comm)
         prefill_graphs: list[Counter] = []
@@ -101,7 +106,7 @@ def compiled(comm) -> dict:
 @functools.cache
 def ranks(kind: str) -> list[dict]:
     """Every rank's results: of one alone, or of two processes."""
-    return run_gloo(compiled, TP) if kind == "gloo" else [compiled(NullCommunicator())]
+    return run_gloo(compiled, TP) if kind == "gloo" else [compiled(NullCommunicator(), kind)]
 
 
 @pytest.mark.parametrize("kind, family, cache", EVERY_CASE)
