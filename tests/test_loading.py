@@ -72,7 +72,14 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 # Every other size for every other case: whoever reads its slices wrongly at one size does so in more than one case.
-@pytest.mark.parametrize("name, tp_size", [(name, n) for i, name in enumerate(CASES) for n in EVERY_SIZE[i % 2 :: 2]])
+@pytest.mark.parametrize(
+    "name, tp_size",
+    [
+        pytest.param(name, n, marks=pytest.mark.slow if n in (1, 4) else ())
+        for i, name in enumerate(CASES)
+        for n in EVERY_SIZE[i % 2 :: 2]
+    ],
+)
 def test_logits_and_greedy_tokens_are_those_of_the_saved_model(name, tp_size, folder_of):
     """Catches slices of another rank's rows, experts in another order, frequencies and rows that nobody filled."""
     whole = reference(name)
