@@ -25,7 +25,8 @@ CONFIGS = {
     "prefill-tma": Prefill(16, 32, 32, group_m=2, swap=False, tma=True, num_warps=4, num_stages=2),
     "prefill-tma-swap": Prefill(32, 16, 32, group_m=1, swap=True, tma=True, num_warps=4, num_stages=2),
 }
-LAYOUTS = [(False, torch.float32), (False, torch.float16), (True, torch.float16)]  # is_transposed, dtype
+# is_transposed, dtype
+LAYOUTS = [pytest.param(False, torch.float32, marks=pytest.mark.slow), (False, torch.float16), (True, torch.float16)]
 # Of many tokens, tiles such that a test takes a second.
 LARGE = Prefill(64, 64, 64, group_m=2, swap=False, tma=False, num_warps=4, num_stages=2)
 
