@@ -9,12 +9,17 @@ use() {
   python=$(python3 scripts/environment.py "$@")
 }
 
+# Options of pytest-xdist, where it is installed: each worker runs a stretch of the tests, then takes of what others have left.
+workers() {
+  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n logical --maxprocesses 4 --dist worksteal -p no:benchmark"; fi
+}
+
 target=${1:-}
 shift || true
 case $target in
   demo)       use run;                  exec "$python" -m tp_runtime.generate "$@" ;;
-  test)       use run test 'notebook?' 'bench?'; exec "$python" -m pytest "$@" ;;
-  kernel-tests) use run test;           exec "$python" -m scripts.kernel_tests "$@" ;;
+  test)       use run test 'parallel?' 'notebook?' 'bench?'; exec "$python" -m pytest $(workers) "$@" ;;
+  kernel-tests) use run test 'parallel?'; exec "$python" -m scripts.kernel_tests $(workers) "$@" ;;
   check)      use check;                "$python" -m ruff check "$@"; exec "$python" -m mypy ;;
   bench)      use run bench;            exec "$python" -m pytest bench --benchmark-only "$@" ;;
   train-demo) use run;                  exec "$python" -m scripts.train_demo "$@" ;;

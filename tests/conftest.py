@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; child processes inherit it
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # child processes that run pytest are no workers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and ranks enough for every core
 
 

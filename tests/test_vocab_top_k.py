@@ -35,7 +35,7 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("k", [1, 3, pytest.param(50, marks=pytest.mark.slow)])
 def test_is_a_stable_sort(form, k, dtype):
     """Catches ties settled by chance, places without the shard's offset, and a tile or program that is left out."""
     for batch, v in [(2, 70), (1, 300)]:
