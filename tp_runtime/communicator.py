@@ -165,7 +165,6 @@ def _short(value) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-@functools.lru_cache(maxsize=1024)
 def label(op: str, dtype: torch.dtype, shape: tuple[int, ...], detail: str | tuple[int, ...] = "") -> bytes:
     """What must be alike on all ranks that meet in a collective, in words: at most LABEL_BYTES bytes."""
     text = f"{op} {str(dtype).removeprefix('torch.')} {list(shape)} {detail or ''}"

@@ -44,6 +44,7 @@ from .kernels.all_reduce import Peers, all_reduce, peers_over
 SLOT_BYTES = 256 << 10  # what goes through at once
 _LINE_BYTES = 64  # a cache line for each rank's count
 BUFFER_BYTES = _LINE_BYTES + 2 * (LABEL_BYTES + SLOT_BYTES)
+_KEPT_VIEWS = 1024
 _SPINS = 200  # looks before the core is offered to others: some 20 us
 _YIELD_S = 0.002  # then this long of offering, after which the wait sleeps
 _SLEEP_MS = 1
@@ -65,6 +66,7 @@ class PeerMemory:
         self._counts = [memory[:_LINE_BYTES].cast("q") for memory in self._memory]
         self._peers = [r for r in range(self.size) if r != rank]
         self._calls = 0
+        self._parts: dict[tuple, list[torch.Tensor]] = {}  # views, made once for each kind of call
         self._ends = select.poll()  # tells which peers have ended
         self._rank_of_fd = {os.pidfd_open(pid): r for r, pid in enumerate(pids) if r != rank}
         for fd in self._rank_of_fd:
@@ -88,6 +90,7 @@ class PeerMemory:
         """Every rank's tensor, in rank order: views that hold until the next call but one.
 
         Args:
+            label: says op, dtype and the shapes of all ranks' tensors, but for pieces of one: those x tells apart.
             x: this rank's, at most SLOT_BYTES, on the CPU.
             shapes: of each rank's tensor; the dtype is x's.
 
@@ -95,8 +98,13 @@ class PeerMemory:
             As `agree`.
         """
         self._calls += 1
-        parts = [self._slot(r, shape, x.dtype) for r, shape in enumerate(shapes)]
-        parts[self.rank].copy_(x)
+        key = label, x.shape, self._calls % 2
+        if (parts := self._parts.get(key)) is None:
+            if len(self._parts) == _KEPT_VIEWS:
+                self._parts.clear()
+            with torch.inference_mode(False):  # what is made within it cannot be written outside
+                parts = self._parts[key] = [self._slot(r, shape, x.dtype) for r, shape in enumerate(shapes)]
+        parts[self.rank].copy_(x.detach() if x.requires_grad else x)  # the views outlive any graph
         self._meet(label)
         return parts
 
