@@ -29,10 +29,10 @@ def block_m(m: int) -> int:
 
 
 def shared_bytes(m: int, config: Config, gated: bool) -> int:
-    """Shared memory of a program: what its loads have in flight, and for prefill the tile that is being stored."""
+    """Shared memory of a program: what its loads have in flight, and for prefill the half tile that is being stored."""
     rows = {Vector: 1, Decode: block_m(m), Prefill: getattr(config, "block_m", 0)}[type(config)]
     step = (rows + (2 if gated else 1) * config.block_n) * config.block_k * 2
-    return step * config.num_stages + (rows * config.block_n * 2 if isinstance(config, Prefill) else 0)
+    return step * config.num_stages + (rows * config.block_n if isinstance(config, Prefill) else 0)
 
 
 def launch(
@@ -117,7 +117,7 @@ def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sm
 
     grid = min(sms, triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n))
     blocks = {"x": (x, config.block_m, config.block_k), "w": (w, config.block_n, config.block_k)}
-    blocks |= {"w_up": (up, config.block_n, config.block_k), "y": (y, config.block_m, config.block_n)}
+    blocks |= {"w_up": (up, config.block_n, config.block_k), "y": (y, config.block_m, config.block_n // 2)}
     if config.specialize:
         triton.set_allocator(_scratch)
         operands = {name: matrix for name, (matrix, *_) in blocks.items()}
