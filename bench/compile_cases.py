@@ -21,20 +21,28 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _gemm_cases(op: str, stacked: int, arch: int) -> Iterator[Case]:
-    """Every candidate, for each size of tile that M makes; one of each kernel for a matrix that no tile divides."""
+    """Every candidate, for each size of tile that M makes; one of each kernel for a matrix that no tile divides.
+
+    Of gemm the last one, whose tile is the largest, also with all that it may take besides: there registers are rarest.
+    """
     kernels = importlib.import_module(f"tp_runtime.kernels.{op}")
     tokens = {"vector": (1,), "decode": (16, 64, 128), "prefill": (4096,)}
     odd = {"vector": (1, 4090, 4090), "decode": (5, 4090, 4090), "prefill": (1000, 4088, 4088)}
     for kernel, ms in tokens.items():
-        even = [(m, 4096, 4096, torch.bfloat16, None) for m in ms]
-        for m, n, k, dtype, most in [*even, (*odd[kernel], torch.float16, 1)]:
+        sizes: list[tuple] = [(m, 4096, 4096, torch.bfloat16, slice(None), {}) for m in ms]
+        sizes.append((*odd[kernel], torch.float16, slice(1), {}))
+        if op == "gemm":
+            m, n, dtype = ms[-1], 4096, torch.bfloat16
+            every = {"bias": meta(n, dtype=dtype), "residual": meta(m, n, dtype=dtype), "activation": "gelu_tanh"}
+            sizes.append((m, n, 4096, dtype, slice(-1, None), every))
+        for m, n, k, dtype, some, beside in sizes:
             configs = [config for name, config in kernels.candidates(m, n, k, dtype) if name == kernel]
-            for config in configs[:most]:
+            for config in configs[some]:
                 x, w = meta(m, k, dtype=dtype), meta(stacked * n, k, dtype=dtype)
                 yield Case(
-                    op, kernel, arch, dtype, f"M={m} N={n} K={k}",
-                    functools.partial(kernels.run, x, w, kernel=kernel, config=config), config,
-                    tensor_cores=_tensor_cores(kernel, config, arch), has_wide_loads=most is None,
+                    op, kernel, arch, dtype, " ".join((f"M={m} N={n} K={k}", *beside)),
+                    functools.partial(kernels.run, x, w, **beside, kernel=kernel, config=config), config,
+                    tensor_cores=_tensor_cores(kernel, config, arch), has_wide_loads=k % 8 == 0,
                     is_specialized=getattr(config, "specialize", False), may_spill=k % 8 != 0,
                 )  # fmt: skip
 

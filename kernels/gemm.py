@@ -1,4 +1,4 @@
-"""y[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ residual[M, N]), `w` as Hugging Face stores it.
+"""y[M, N] = act(x[M, K] @ w[N, K].T (+ bias[N])) (+ residual[M, N]), `w` as Hugging Face stores it; act may be none.
 
 Every local shard of every linear layer goes through `gemm`. On CUDA, what runs a shape is what was measured to be the
 fastest there (see `tuned`): one of the kernels of `gemm_kernels`, or torch's GEMM (cuBLAS), which also runs whatever
@@ -7,7 +7,8 @@ nobody has measured. Where the kernels win is not measured yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,36 @@ from torch.compiler import is_dynamo_compiling
 from .gemm_configs import Config, Decode, Prefill, Vector, chosen
 from .tuned import TORCH
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activation_named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Torch's activation of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
 
 def gemm_ref(
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`gemm` in torch's own operations: fp32 inside, but rounded once more, before the residual is added."""
+    """`gemm` in torch's own operations: fp32 inside, but rounded also before the activation and before the residual."""
     y = F.linear(x, w, bias)
+    if activation is not None:
+        y = activation_named(activation)(y)
     if residual is not None:
         y += residual
     return y if out is None else out.copy_(y)
@@ -83,6 +104,7 @@ def run(
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
     out: torch.Tensor | None = None,
     *,
     kernel: str,
@@ -94,10 +116,10 @@ def run(
     Raises:
         ValueError: the operands do not fit together, or the kernel does not take such ones.
     """
-    check(x, w, bias, residual, num_sms, out)
+    check(x, w, bias, residual, activation, num_sms, out)
     if kernel == TORCH:
-        return gemm_ref(x, w, bias, residual, out)
-    return _launch(x, w, bias, residual, num_sms, out, config)
+        return gemm_ref(x, w, bias, residual, activation, out)
+    return _launch(x, w, bias, residual, activation, num_sms, out, config)
 
 
 def gemm(
@@ -105,16 +127,18 @@ def gemm(
     w: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    activation: str | None = None,
     out: torch.Tensor | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
-    """x @ w.T (+ bias) (+ residual).
+    """act(x @ w.T (+ bias)) (+ residual).
 
     Args:
         x: [..., K].
         w: [N, K]; any dimension may be 0 (a rank that holds no part of a layer).
         bias: [N].
         residual: [..., N].
+        activation: silu, gelu (exact) or gelu_tanh; None: the identity.
         out: [..., N], where to write; may be a block of columns of a wider tensor.
         num_sms: multiprocessors that a GEMM of many tokens takes, so that communication keeps the others; None: all.
             cuBLAS takes all, and so do the kernels for few tokens, whose launches are short.
@@ -123,38 +147,42 @@ def gemm(
         [..., N] in x's dtype; `out` where that is given. The same bits at every call.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit. (On the CPU torch's own RuntimeError, for x, w and bias.)
+        ValueError: shapes, dtypes or devices do not fit, or the activation is none of these. (On the CPU torch's own
+            RuntimeError, for x, w and bias.)
 
-    Numerics: the kernels accumulate in fp32 and round once, after bias and residual; torch also before the residual.
+    Numerics: the kernels accumulate in fp32 and round once, at the end; torch also before activation and residual.
     """
     if is_dynamo_compiling():
-        y = torch.ops.tp_runtime.gemm(x, w, bias, residual, num_sms)
+        y = torch.ops.tp_runtime.gemm(x, w, bias, residual, activation, num_sms)
         return y if out is None else out.copy_(y)
     if x.is_cuda:
-        return _gemm_cuda(x, w, bias, residual, num_sms, out)
-    if residual is None and out is None:
+        return _gemm_cuda(x, w, bias, residual, activation, num_sms, out)
+    if residual is not None or out is not None:
+        check(x, w, bias, residual, activation, num_sms, out)  # torch would broadcast
+    elif activation is None:
         return F.linear(x, w, bias)
-    check(x, w, bias, residual, num_sms, out)  # torch would broadcast
-    return gemm_ref(x, w, bias, residual, out)
+    return gemm_ref(x, w, bias, residual, activation, out)
 
 
-def _gemm_cuda(x, w, bias=None, residual=None, num_sms=None, out=None) -> torch.Tensor:
-    check(x, w, bias, residual, num_sms, out)
+def _gemm_cuda(x, w, bias=None, residual=None, activation=None, num_sms=None, out=None) -> torch.Tensor:
+    check(x, w, bias, residual, activation, num_sms, out)
     config = chosen("gemm", CANDIDATES, len(w), x, w, residual, out)
     if config is None:
-        return gemm_ref(x, w, bias, residual, out)
-    return _launch(x, w, bias, residual, num_sms, out, config)
+        return gemm_ref(x, w, bias, residual, activation, out)
+    return _launch(x, w, bias, residual, activation, num_sms, out, config)
 
 
-def _launch(x, w, bias, residual, num_sms, out, config) -> torch.Tensor:
+def _launch(x, w, bias, residual, activation, num_sms, out, config) -> torch.Tensor:
     from .gemm_launch import launch
 
     y = x.new_empty(*x.shape[:-1], len(w)) if out is None else out
-    return launch(x, w, None, bias, residual, y, None, config, num_sms)
+    return launch(x, w, None, bias, residual, y, activation, config, num_sms)
 
 
-def check(x, w, bias=None, residual=None, num_sms=None, out=None) -> None:
+def check(x, w, bias=None, residual=None, activation=None, num_sms=None, out=None) -> None:
     """Raise ValueError unless the operands of `gemm` fit together."""
+    if activation is not None:
+        activation_named(activation)
     if w.ndim != 2 or x.ndim == 0:
         raise ValueError(f"x is {list(x.shape)} and w is {list(w.shape)}, not [..., K] and [N, K]")
     rows, (n, k) = x.shape[:-1], w.shape
@@ -178,12 +206,19 @@ def check_operands(operands: dict[str, tuple[Any, tuple[int, ...]]], num_sms: in
 
 
 _library = torch.library.Library("tp_runtime", "FRAGMENT")
-_library.define("gemm(Tensor x, Tensor w, Tensor? bias=None, Tensor? residual=None, int? num_sms=None) -> Tensor")
-_library.impl("gemm", lambda x, w, bias=None, residual=None, num_sms=None: gemm_ref(x, w, bias, residual), "CPU")
+_library.define(
+    "gemm(Tensor x, Tensor w, Tensor? bias=None, Tensor? residual=None, str? activation=None, int? num_sms=None)"
+    " -> Tensor"
+)
+_library.impl(
+    "gemm",
+    lambda x, w, bias=None, residual=None, activation=None, num_sms=None: gemm_ref(x, w, bias, residual, activation),
+    "CPU",
+)
 _library.impl("gemm", _gemm_cuda, "CUDA")
 
 
-def _gemm_fake(x, w, bias=None, residual=None, num_sms=None):
+def _gemm_fake(x, w, bias=None, residual=None, activation=None, num_sms=None):
     torch._check(x.shape[-1] == w.shape[1], lambda: f"x is {x.shape}, w is {w.shape}")
     return x.new_empty(*x.shape[:-1], w.shape[0])
 

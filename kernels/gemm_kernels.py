@@ -1,4 +1,4 @@
-"""The kernels of `gemm` and `gated_gemm`: y = x @ w.T, or act(x @ w.T) * (x @ up.T), and what is added to it.
+"""The kernels of `gemm` and `gated_gemm`: y = act(x @ w.T), or act(x @ w.T) * (x @ up.T), and what is added to it.
 
     vector   M = 1. CUDA cores. A program owns a few rows of w; K is spread over its threads: no sum crosses programs.
     decode   M <= 128. w is the left operand of the tensor cores, which want 64 rows there, and the few tokens are the
@@ -10,9 +10,8 @@ first columns of w are on their way to L2 while the kernel before still runs (se
 that share a tile leave behind is summed in the same launch, by the last of them to arrive, in the order of K: the same
 bits whoever is last.
 
-All accumulate in fp32 and round once, at the store. What is counted from the start of a tensor has 64 bits. In all
-three, ACTIVATION None means `gemm`; any other, that there is `up`. What optional pointers that are None concern is not
-compiled.
+All accumulate in fp32 and round once, at the store. What is counted from the start of a tensor has 64 bits. What
+optional pointers that are None concern is not compiled: bias, residual, and up, which makes a GEMM a gated one.
 
 Grouped tile order, the persistent loop and the tile that is stored in halves follow Triton's tutorials 03 and 09.
 Nothing here has met a GPU yet.
@@ -27,24 +26,28 @@ from .target import prefetch_l2
 
 
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        return gate / (1 + tl.exp(-gate))
+        return x / (1 + tl.exp(-x))
     elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:  # gelu_tanh: 1 + tanh(u) = 2 / (1 + exp(-2 u))
-        return gate / (1 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+        return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
-def _finish(acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr):
+def _finish(
+    acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
     """What is stored of a tile, fp32 [BLOCK_M, BLOCK_N]: everything after the sum over K. `up` counts if gated."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION is not None:
+        acc = activate(acc, ACTIVATION)
+    if GATED:
         if bias_ptr is not None:
             up += tl.load(bias_ptr + N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        acc = activate(acc, ACTIVATION) * up
+        acc *= up
     if residual_ptr is not None:
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]
@@ -79,13 +82,14 @@ def _decode_kernel(
     ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    GATED: tl.constexpr = up_ptr is not None
     tile, split = tl.program_id(0), tl.program_id(1)
     steps = tl.cdiv(K, BLOCK_K)
     begin, end = split * steps // SPLITS * BLOCK_K, (split + 1) * steps // SPLITS * BLOCK_K
     offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x_offs = offs_m[:, None] * stride_xm + offs_k[None, :]
     w_tile, w_offs = _tile(w_ptr, tile * BLOCK_N, N, stride_wn, BLOCK_N, BLOCK_K)
-    if ACTIVATION is not None:
+    if GATED:
         up_tile, up_offs = _tile(up_ptr, tile * BLOCK_N, N, stride_un, BLOCK_N, BLOCK_K)
     if PDL:
         _start(w_ptr, tile * BLOCK_N, N, stride_wn, begin, K, BLOCK_N, PREFETCH_K)
@@ -97,16 +101,16 @@ def _decode_kernel(
         x = tl.load(x_ptr + k + x_offs, mask=(offs_m < M)[:, None] & in_k, other=0.0)
         w = tl.load(w_tile + k + w_offs, mask=in_k, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(w, x.T, acc)
-        if ACTIVATION is not None:
+        if GATED:
             w = tl.load(up_tile + k + up_offs, mask=in_k, other=0.0, eviction_policy="evict_first")
             up = tl.dot(w, x.T, up)
 
     if SPLITS > 1:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
-        PARTS: tl.constexpr = SIZE if ACTIVATION is None else 2 * SIZE
+        PARTS: tl.constexpr = 2 * SIZE if GATED else SIZE
         parts = partials_ptr + tile * SPLITS * PARTS + (tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :])
         tl.store(parts + split * PARTS, acc)
-        if ACTIVATION is not None:
+        if GATED:
             tl.store(parts + split * PARTS + SIZE, up)
         tl.debug_barrier()  # every thread has stored before one of them says so
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
@@ -115,11 +119,11 @@ def _decode_kernel(
         up = acc
         for s in tl.static_range(SPLITS):
             acc += tl.load(parts + s * PARTS, cache_modifier=".cg")  # from L2, where the other programs' are
-            if ACTIVATION is not None:
+            if GATED:
                 up += tl.load(parts + s * PARTS + SIZE, cache_modifier=".cg")
         tl.store(arrived_ptr + tile, 0)
 
-    y = _finish(acc.T, up.T, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION)
+    y = _finish(acc.T, up.T, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
@@ -130,11 +134,12 @@ def _vector_kernel(
     ACTIVATION: tl.constexpr, PREFETCH_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    GATED: tl.constexpr = up_ptr is not None
     LANE: tl.constexpr = 8  # elements in the 16 bytes that a thread loads; it sums them by itself
     n = tl.program_id(0) * BLOCK_N
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_tile, w_offs = _tile(w_ptr, n, N, stride_wn, BLOCK_N, BLOCK_K)
-    if ACTIVATION is not None:
+    if GATED:
         up_tile, up_offs = _tile(up_ptr, n, N, stride_un, BLOCK_N, BLOCK_K)
     if PDL:
         _start(w_ptr, n, N, stride_wn, 0, K, BLOCK_N, PREFETCH_K)
@@ -146,14 +151,14 @@ def _vector_kernel(
         x = tl.load(x_ptr + k + offs_k, mask=in_k, other=0.0).to(tl.float32)[None, :]
         w = tl.load(w_tile + k + w_offs, mask=in_k[None, :], other=0.0, eviction_policy="evict_first")
         acc += tl.sum(tl.reshape(w.to(tl.float32) * x, (BLOCK_N, BLOCK_K // LANE, LANE)), 2)
-        if ACTIVATION is not None:
+        if GATED:
             w = tl.load(up_tile + k + up_offs, mask=in_k[None, :], other=0.0, eviction_policy="evict_first")
             up += tl.sum(tl.reshape(w.to(tl.float32) * x, (BLOCK_N, BLOCK_K // LANE, LANE)), 2)
 
     M: tl.constexpr = 1
     offs_m = tl.arange(0, M)
     acc, up = tl.sum(acc, 1)[None], tl.sum(up, 1)[None]
-    y = _finish(acc, up, bias_ptr, residual_ptr, N, offs_m, offs_n, M, N, ACTIVATION)
+    y = _finish(acc, up, bias_ptr, residual_ptr, N, offs_m, offs_n, M, N, ACTIVATION, GATED)
     tl.store(y_ptr + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[None, :])
 
 
@@ -172,6 +177,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """x, w, w_up and y are descriptors made by the host; pointers if warps are specialised."""
+    GATED: tl.constexpr = w_up is not None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -180,7 +186,7 @@ def _prefill_kernel(
     ):  # the compiler shares the rows of a tile out to groups of warps, and cuts descriptors that it sees made
         x = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
         w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
-        if ACTIVATION is not None:
+        if GATED:
             w_up = tl.make_tensor_descriptor(w_up, [N, K], [stride_un, 1], [BLOCK_N, BLOCK_K])
         y = tl.make_tensor_descriptor(y, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_N // 2])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -197,7 +203,7 @@ def _prefill_kernel(
         for k in range(0, K, BLOCK_K):
             x_tile = x.load([m, k])
             acc = tl.dot(x_tile, w.load([n, k]).T, acc)
-            if ACTIVATION is not None:
+            if GATED:
                 up = tl.dot(x_tile, w_up.load([n, k]).T, up)
         # In two halves of its columns, one after the other: each takes half the registers and half the shared memory.
         acc_halves, up_halves = _halves(acc), _halves(up)
@@ -206,6 +212,6 @@ def _prefill_kernel(
             start = n + i * (BLOCK_N // 2)
             offs_n = start + tl.arange(0, BLOCK_N // 2)
             out = _finish(
-                acc_halves[i], up_halves[i], bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION
-            )
+                acc_halves[i], up_halves[i], bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED,
+            )  # fmt: skip
             y.store([m, start], out.to(y.dtype))

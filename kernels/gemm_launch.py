@@ -51,7 +51,7 @@ def launch(
     Args:
         x: [..., K]; w, up: [N, K]; residual, y: [..., N]: floats of one dtype, no dimension 0, each with `has_rows`.
         bias: [N], of w; with `up` [2 * N], of both.
-        activation: given if and only if `up` is.
+        activation: of the product with w; None: the identity.
         sms: multiprocessors that a Prefill takes, and that a Decode splits K for; None: all that are free.
 
     Raises:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .gated_gemm import ACTIVATIONS
+from .gemm import ACTIVATIONS, activation_named
 from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_bytes
 from .routing import check_routing, lost_note, raise_lost, sort_by_expert_ref
 from .tuned import TORCH, lookup
@@ -302,8 +302,7 @@ def check(
         raise ValueError(f"top_k_index {list(top_k_index.shape)}: top_k={top_k} of {num_experts} experts")
     if not x.dtype == gate_up_proj.dtype == down_proj.dtype:
         raise ValueError(f"x is {x.dtype}, but gate_up_proj {gate_up_proj.dtype}, down_proj {down_proj.dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    activation_named(activation)
     return num_experts, top_k, hidden, width
 
 

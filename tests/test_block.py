@@ -116,6 +116,17 @@ def test_hooks_that_change_what_they_are_given(name, kind):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=TOLERANCE, msg=lambda text, path=path: f"{path}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["before", "behind"])
+def test_hooks_within_a_block_without_a_gate(kind):
+    """Catches a hook on what is fused: the GEMM and its activation would be called as one, and the hook not at all."""
+    whole, model = reference("starcoder2-9/3").copy(), patched("starcoder2-9/3")
+    for theirs, ours in (("c_fc", "c_fc"), ("act", "act_fn"), ("c_proj", "c_proj")):
+        want = hooked(whole, f"model.layers.1.mlp.{theirs}", kind)
+        got = hooked(model, f"model.layers.1.mlp.{ours}", kind)
+        assert (want[0] - want[1]).abs().max() > 100 * TOLERANCE, theirs
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=TOLERANCE)
+
+
 def test_hooks_on_every_module():
     """Catches norms that tools which follow all modules, as profilers do, do not see."""
     model = patched("llama-12/4")
@@ -306,11 +317,11 @@ def test_a_token_past_a_static_cache_is_an_error(launches):
 
 # Launches
 
-# Ops a layer at decode. Beyond 7: starcoder2 has an activation without a gate, and adds biases behind sums over ranks;
-# olmo2 norms q and k over all ranks' heads, in torch's operations.
+# Ops a layer at decode. Beyond 7: starcoder2 adds biases behind sums over ranks; olmo2 norms q and k over all ranks'
+# heads, in torch's operations.
 LAUNCHES = {
     **dict.fromkeys(("llama", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "smollm3", "cohere"), 7),
-    "starcoder2": 10,
+    "starcoder2": 9,
     "olmo2": 26,
 }
 SAME_LAYERS = {

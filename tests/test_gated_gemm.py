@@ -9,7 +9,8 @@ from interpreted import interpreted
 
 from bench.compiled import CHIPS, recording
 from tp_runtime.kernels import gated_gemm as compiled_gated_gemm
-from tp_runtime.kernels.gated_gemm import ACTIVATIONS, gated_gemm, gated_gemm_ref
+from tp_runtime.kernels.gated_gemm import gated_gemm, gated_gemm_ref
+from tp_runtime.kernels.gemm import ACTIVATIONS
 
 interpreted_gated_gemm = interpreted("gated_gemm")
 configs = interpreted("gemm_configs")

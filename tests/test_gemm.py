@@ -1,5 +1,6 @@
 """kernels/gemm.py and the kernels that it launches: interpreted, compiled, and on a GPU where there is one."""
 
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from interpreted import interpreted
 
 from bench.compiled import CHIPS, recording
 from tp_runtime.kernels import gemm as compiled_gemm
-from tp_runtime.kernels.gemm import gemm
+from tp_runtime.kernels.gemm import ACTIVATIONS, gemm
 
 interpreted_gemm = interpreted("gemm")
 configs = interpreted("gemm_configs")
@@ -25,9 +26,13 @@ def operands(m, n, k, dtype=torch.float16, device="cpu"):
     return [torch.randn(*shape).to(device, dtype) for shape in ((m, k), (n, k), (n,), (m, n))]
 
 
-def exact(x, w, bias=None, residual=None):
+def exact(x, w, bias=None, residual=None, activation=None):
     y = x.double() @ w.double().T
-    return y + sum(term.double() for term in (bias, residual) if term is not None)
+    if bias is not None:
+        y = y + bias.double()
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -38,7 +43,7 @@ def test_every_kernel_is_as_exact_as_torch(tile, dtype):
     x, w, bias, residual = operands(m, n, k, dtype)
     wide = torch.full((m, 3 * n), float("nan"), dtype=dtype)
     out = wide[:, n : 2 * n]
-    y = interpreted_gemm.run(x, w, bias, residual, out, kernel=kernel, config=config, num_sms=2)
+    y = interpreted_gemm.run(x, w, bias, residual, out=out, kernel=kernel, config=config, num_sms=2)
     assert y is out
     orders = shuffles(k, dtype)
     torchs = (F.linear(x[:, order], w[:, order], bias) + residual for order in orders)
@@ -47,6 +52,17 @@ def test_every_kernel_is_as_exact_as_torch(tile, dtype):
 
     y = interpreted_gemm.run(x, w, kernel=kernel, config=config)
     assert_as_exact_as(y, (F.linear(x[:, order], w[:, order]) for order in orders), exact(x, w))
+
+
+@pytest.mark.parametrize("tile, activation", [*zip(TILES, itertools.cycle(ACTIVATIONS))])
+def test_an_activation_comes_between_bias_and_residual(tile, activation):
+    """Catches an activation of a part of the sum over K, one without the bias or with the residual, and another one."""
+    kernel, config, m, n, k = TILES[tile]
+    x, w, bias, residual = operands(m, n, k)
+    w = w / k**0.5  # sums of about 1, for which an activation is neither 0 nor the identity
+    torchs = ACTIVATIONS[activation](F.linear(x, w, bias)) + residual
+    y = interpreted_gemm.run(x, w, bias, residual, activation, kernel=kernel, config=config)
+    assert_as_exact_as(y, torchs, exact(x, w, bias, residual, activation))
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -128,7 +144,9 @@ def test_nothing_to_compute(shape):
     """Catches a launch of no program, or without a step over K that would leave y unwritten."""
     x, w, bias, residual = operands(*shape)
     for run in (gemm, compiled_gemm._gemm_cuda):
-        assert run(x, w, bias, residual).equal(torch.zeros(shape[0], shape[1]).half() + bias + residual)
+        y = torch.zeros(shape[0], shape[1]).half() + bias
+        assert run(x, w, bias, residual).equal(y + residual)
+        assert run(x, w, bias, residual, "gelu").equal(F.gelu(y) + residual)
 
 
 BAD = {
@@ -137,6 +155,7 @@ BAD = {
     "a single bias": ({"bias": torch.ones(1)}, r"bias is not \[6\]: .*bias \[1\]"),
     "residual of one row": ({"residual": torch.ones(1, 6)}, r"residual is not \[4, 6\]"),
     "out of three dimensions": ({"out": torch.ones(1, 4, 6)}, r"out is not \[4, 6\]"),
+    "activation": ({"activation": "relu"}, "activation 'relu' is none of silu, gelu, gelu_tanh"),
     "dtype": ({"w": torch.ones(6, 8).half()}, r"w is torch.float16 on cpu, but x torch.float32"),
     "device": ({"residual": torch.ones(4, 6, device="meta")}, r"residual is torch.float32 on meta"),
     "num_sms": ({"num_sms": 0}, r"num_sms=0"),
@@ -194,8 +213,8 @@ def tuned_to(monkeypatch, kernel, config):
 
 
 def test_the_choice_is_what_was_measured(monkeypatch):
-    """Catches a call that ignores the table, and one that launches what cannot read its operands."""
-    x, w, bias, residual = operands(6, 72, 48)
+    """Catches a call that ignores the table, or its activation, and one that launches what cannot read its operands."""
+    x, w, bias, _ = operands(6, 72, 48)
     cases = {
         "x @ w": (x, w),
         "K = 45": (x[:, :45], w[:, :45].contiguous()),
@@ -213,8 +232,8 @@ def test_the_choice_is_what_was_measured(monkeypatch):
         tuned_to(monkeypatch, kernel, config)
         for name, (a, b) in cases.items():
             case = kernel, name
-            y = interpreted_gemm._gemm_cuda(a, b, bias.to(a.dtype))
-            assert_as_exact_as(y, F.linear(a, b, bias.to(a.dtype)), exact(a, b, bias))
+            y = interpreted_gemm._gemm_cuda(a, b, bias.to(a.dtype), activation="silu")
+            assert_as_exact_as(y, F.silu(F.linear(a, b, bias.to(a.dtype))), exact(a, b, bias, activation="silu"))
     assert launched == [("decode", "x @ w"), ("decode", "K = 45"), ("prefill", "x @ w")]
 
 
@@ -231,14 +250,18 @@ def test_on_the_cpu_it_is_torch(dtype):
     x, w, bias, residual = operands(6, 70, 45, dtype)
     wide = torch.full((6, 140), float("nan"), dtype=dtype)
     assert gemm(x, w, bias).equal(F.linear(x, w, bias))
-    assert gemm(x, w, bias, residual, wide[:, 70:], num_sms=3).equal(F.linear(x, w, bias) + residual)
+    assert gemm(x, w, bias, residual, out=wide[:, 70:], num_sms=3).equal(F.linear(x, w, bias) + residual)
     assert wide[:, :70].isnan().all() and not wide[:, 70:].isnan().any()
+    for name, act in ACTIVATIONS.items():
+        assert gemm(x, w, bias, activation=name).equal(act(F.linear(x, w, bias)))
+        assert gemm(x, w, bias, residual, name).equal(act(F.linear(x, w, bias)) + residual)
 
 
 def test_op_is_registered_right():
     """Catches a schema, fake or CPU kernel that torch.compile would trip over."""
     x, w, bias, residual = operands(6, 70, 45, torch.float32)
-    for args in ((x, w), (x, w, bias, residual, 3), (x.view(2, 3, 45).transpose(0, 1), w, bias), (x[:0], w)):
+    strided = x.view(2, 3, 45).transpose(0, 1)
+    for args in ((x, w), (x, w, bias, residual, "gelu", 3), (strided, w, bias), (x[:0], w)):
         torch.library.opcheck(torch.ops.tp_runtime.gemm.default, args)
 
 
@@ -248,10 +271,11 @@ def test_compiles_to_one_graph():
     out = torch.full((6, 70), float("nan"))
 
     def layer(x, out):
-        return gemm(x, w, bias) + gemm(x, w, None, residual, out)
+        return gemm(x, w, bias, activation="gelu_tanh") + gemm(x, w, None, residual, out=out)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert compiled(x, out).equal(F.linear(x, w, bias) + (F.linear(x, w) + residual))
+    activated = F.gelu(F.linear(x, w, bias), approximate="tanh")
+    assert compiled(x, out).equal(activated + (F.linear(x, w) + residual))
     assert out.equal(F.linear(x, w) + residual)
 
 
@@ -307,12 +331,16 @@ def test_every_candidate_on_a_gpu(shape, dtype):
     """Catches what only the device shows: races, wrong code, launches that cannot be captured."""
     m, n, k = shape
     x, w, bias, residual = operands(m, n, k, dtype, "cuda")
-    want, torchs = exact(x, w, bias, residual), F.linear(x, w, bias) + residual
-    for kernel, config in compiled_gemm.candidates(m, n, k, dtype):
-        wide = torch.full((m, 2 * n), float("nan"), dtype=dtype, device="cuda")
-        arguments = {"bias": bias, "residual": residual, "out": wide[:, n:], "kernel": kernel, "config": config}
+    w = w / k**0.5
+    acts = {None: lambda y: y, **ACTIVATIONS}
+    for (kernel, config), activation in zip(compiled_gemm.candidates(m, n, k, dtype), itertools.cycle(acts)):
         if kernel == "prefill" and n % 8:
             continue
+        want = exact(x, w, bias, residual, activation)
+        torchs = acts[activation](F.linear(x, w, bias)) + residual
+        wide = torch.full((m, 2 * n), float("nan"), dtype=dtype, device="cuda")
+        beside = {"bias": bias, "residual": residual, "activation": activation}
+        arguments = {**beside, "out": wide[:, n:], "kernel": kernel, "config": config}
         first = compiled_gemm.run(x, w, **arguments).clone()
         assert_as_exact_as(first, torchs, want)
         for _ in range(50):

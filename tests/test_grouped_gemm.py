@@ -213,7 +213,7 @@ def test_parts_of_the_width_sum_to_the_whole():
         ({"gate_up": (4, 24, 32)}, r"gate_up_proj \[4, 24, 32\]"),
         ({"weights": (5, 1)}, r"top_k_weights \[5, 1\]"),
         ({"index": (5, 6), "weights": (5, 6)}, "top_k=6 of 4 experts"),
-        ({"activation": "relu"}, "activation='relu' is not one of silu, gelu, gelu_tanh"),
+        ({"activation": "relu"}, "activation 'relu' is none of silu, gelu, gelu_tanh"),
         ({"dtype": torch.float16}, "x is torch.float16, but gate_up_proj torch.float32"),
     ],
 )

@@ -201,11 +201,20 @@ class ParallelMLP(nn.Module):
 
 
 class UngatedMLP(nn.Module):
-    """c_proj(act(c_fc(x))), cut along the intermediate width."""
+    """c_proj(act(c_fc(x))), cut along the intermediate width.
 
-    def __init__(self, c_fc: ColumnParallelLinear, c_proj: RowParallelLinear, act_fn: nn.Module):
+    Args:
+        act_fn: as of ParallelMLP; called, as c_fc is, also where one of the two has hooks.
+    """
+
+    def __init__(self, c_fc: ColumnParallelLinear, c_proj: RowParallelLinear, activation: str, act_fn: nn.Module):
         super().__init__()
         self.c_fc, self.c_proj, self.act_fn = c_fc, c_proj, act_fn
+        self.activation = FUSED_ACTIVATIONS.get(activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.act_fn(self.c_fc(x)))
+        modules = self._modules
+        c_fc, act_fn = modules["c_fc"], modules["act_fn"]
+        if self.activation is None or is_watched(c_fc) or is_watched(act_fn):
+            return modules["c_proj"](act_fn(c_fc(x)))
+        return modules["c_proj"](c_fc.activated(x, self.activation))

@@ -52,6 +52,11 @@ class ColumnParallelLinear(nn.Module):
         p = self._parameters  # nn.Module finds `self.weight` only after looking everywhere else
         return gemm(x, p["weight"], p["bias"])
 
+    def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(forward(x)), [..., N_r], in the same launch; see `gemm`."""
+        p = self._parameters
+        return gemm(x, p["weight"], p["bias"], activation=activation)
+
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         names, sizes = list(self.parts), list(self.parts.values())
         views = {f"{n}.weight": w for n, w in zip(names, self.weight.detach().split(sizes), strict=True)}

@@ -194,7 +194,8 @@ def _mlp(model: nn.Module, state: Patch, path: str, like: torch.Tensor, is_parti
 def _ungated_mlp(model: nn.Module, state: Patch, path: str, like: torch.Tensor, is_partial: bool) -> UngatedMLP:
     c_fc = _columns(ColumnParallelLinear, state, path, ("c_fc",), like)
     c_proj = _rows(state, f"{path}.c_proj", like, is_partial)
-    return UngatedMLP(c_fc, c_proj, ACT2FN[getattr(model.config, state.adapter.activation)])
+    activation = getattr(model.config, state.adapter.activation)
+    return UngatedMLP(c_fc, c_proj, activation, ACT2FN[activation])
 
 
 def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, like: torch.Tensor) -> None:

@@ -52,17 +52,24 @@ def forms(case: Case, x: torch.Tensor) -> list[Form]:
     if not case.is_odd:
         return [plain]
     bias = torch.randn(case.op.stacked * case.n, dtype=x.dtype, device=x.device)
+    gelu_tanh = functools.partial(F.gelu, approximate="tanh")
     if case.op.name == "gated_gemm":
         silu = functools.partial(gated, bias=bias, act=F.silu)
         gelu = functools.partial(gated, bias=None, act=F.gelu)
-        tanh = functools.partial(gated, bias=None, act=functools.partial(F.gelu, approximate="tanh"))
+        tanh = functools.partial(gated, bias=None, act=gelu_tanh)
         return [plain, Form(" bias", silu, {"bias": bias}, halves=True), Form(" gelu", gelu, {"activation": "gelu"}),
                 Form(" gelu_tanh", tanh, {"activation": "gelu_tanh"})]  # fmt: skip
     residual = torch.randn(case.m, case.n, dtype=x.dtype, device=x.device)
+
+    def activated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return gelu_tanh(F.linear(x, w, bias.to(x.dtype))) + residual.to(x.dtype)
+
+    every = {"bias": bias, "activation": "gelu_tanh", "residual": residual}
     return [
         plain,
         Form(" bias", lambda x, w: F.linear(x, w, bias.to(x.dtype)), {"bias": bias}),
         Form(" residual", lambda x, w: F.linear(x, w) + residual.to(x.dtype), {"residual": residual}),
+        Form(" bias, gelu_tanh, residual", activated, every),
     ]
 
 
