@@ -447,6 +447,48 @@ def test_a_patched_model_refuses_what_is_cut():
     assert tp_runtime.run_local(run, 2) == [told] * 2
 
 
+def test_calls_without_a_token_are_refused():
+    """Catches torch's "cannot reshape tensor of 0 elements" from some layer, which is what the whole model says."""
+    whole, empty = reference("llama-12/4"), prompt()[:0]
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        whole.copy()(empty)
+
+    def run(comm) -> list[str]:
+        model = patched("llama-12/4", comm)
+        embeds = torch.zeros(1, 0, 48)
+        told = [error_of(model, empty), error_of(model, input_ids=prompt()[:, :0])]
+        told += [error_of(model.generate, empty, max_new_tokens=2), error_of(model, inputs_embeds=embeds)]
+        return [*told, error_of(model, prompt())]
+
+    shapes = ("input_ids is [0, 9]", "input_ids is [2, 0]", "input_ids is [0, 9]", "inputs_embeds is [1, 0, 48]")
+    told = [f"{shape}: there is no token to compute; give each call one at least" for shape in shapes]
+    assert tp_runtime.run_local(run, 3) == [[*told, "no error"]] * 3
+
+
+@pytest.mark.parametrize("name", ["llama-12/4", "mixtral-9/3"])
+def test_a_patched_model_is_not_copied(name):
+    """Catches a copy that computes with the original's layers, router or look-ahead: in silence, and wrongly as soon as
+    one of the two is changed."""
+
+    def run(comm):
+        model = patched(name, comm)
+        layer = model.model.layers[0]
+        router = [layer.mlp.gate] if name.startswith("mixtral") else []
+        modules = [model, model.model, model.model.layers, layer, model.model.norm, *router]
+        told = {error_of(copy.deepcopy, module) for module in modules}
+        tp_runtime.unpatch(model)
+        twin = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        with torch.no_grad():
+            return told, twin(prompt()).logits
+
+    message = "a copy would compute with the patched model's parts; copy it before patch(), or after unpatch()"
+    for told, logits in tp_runtime.run_local(run, 2):
+        assert told == {message}
+        assert torch.equal(logits, reference(name).logits)
+
+
 # In and out
 
 

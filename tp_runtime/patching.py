@@ -20,7 +20,7 @@ from .lanes import in_lanes
 from .models.adapter import Source, adapter_for
 from .overlap import Overlap
 from .plan import ITEM_BYTES, Plan, make_plan
-from .replacement import Patch, PatchReport, replace_modules
+from .replacement import OwnForward, Patch, PatchReport, replace_modules
 from .shard import copies
 
 
@@ -65,8 +65,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
         plan.model_type, comm.rank, comm.size, tuple(state.replaced), plan.weight_bytes(comm.rank)
     )
     object.__setattr__(model, "_tp_runtime", state)
-    state.hooks.append(model.register_forward_pre_hook(_refuse_what_is_cut, with_kwargs=True))
-    model.model.forward = state.ahead.during(in_lanes(model.model, state.overlap))
+    state.hooks.append(model.register_forward_pre_hook(_check_call, with_kwargs=True))
+    state.hooks.append(OwnForward(model.model, state.ahead.during(in_lanes(model.model, state.overlap))))
     model.generate = generate_in_step(model, comm)
     model.generate_batch = _refuse_continuous_batching
     model.save_pretrained = _refuse_to_save
@@ -103,7 +103,6 @@ def unpatch(model: nn.Module) -> None:
     for hook in state.hooks:
         hook.remove()
     del (
-        model.model.forward,
         model.generate,
         model.generate_batch,
         model.save_pretrained,
@@ -190,11 +189,15 @@ def _gather(view: torch.Tensor, plan: Plan, name: str, comm: Communicator) -> to
     return whole
 
 
-def _refuse_what_is_cut(model: nn.Module, args, kwargs) -> None:
+def _check_call(model: nn.Module, args, kwargs) -> None:
     if model.training:
         raise ValueError("a patched model is for inference: call model.eval(), or unpatch it to train")
     if kwargs.get("output_attentions") or model.config.output_attentions:
         raise ValueError("attention maps are cut across ranks by heads; unpatch the model to read them")
+    name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+    tokens = kwargs.get(name, args[0] if args else None)
+    if tokens is not None and tokens.numel() == 0:
+        raise ValueError(f"{name} is {list(tokens.shape)}: there is no token to compute; give each call one at least")
 
 
 def _refuse_continuous_batching(*args, **kwargs):

@@ -63,15 +63,22 @@ class PatchReport:
         return "\n".join(lines)
 
 
-class _OwnForward:
-    """`forward` as an attribute of one module, its class untouched, until it is removed like a hook."""
+class OwnForward:
+    """`forward` as an attribute of one module, its class untouched, until it is removed like a hook.
+
+    Meanwhile the module refuses to be deep-copied: the copy would compute with the parts of the original.
+    """
 
     def __init__(self, module: nn.Module, forward: Callable):
         self._module = module
-        module.forward = forward
+        module.forward, module.__deepcopy__ = forward, _refuse_to_be_copied
 
     def remove(self) -> None:
-        del self._module.forward
+        del self._module.forward, self._module.__deepcopy__
+
+
+def _refuse_to_be_copied(memo):
+    raise ValueError("a copy would compute with the patched model's parts; copy it before patch(), or after unpatch()")
 
 
 @dataclass
@@ -162,8 +169,8 @@ def _fuse_layers(model: nn.Module, state: Patch) -> None:
         if _has_own_forward(layer):
             continue
         block = DecoderBlock(layer, following, norm, state.adapter, state.ahead, state.overlap)
-        state.hooks.append(_OwnForward(layer, block.forward))
-    state.hooks.append(_OwnForward(norm, LastNorm(norm, state.ahead).forward))
+        state.hooks.append(OwnForward(layer, block.forward))
+    state.hooks.append(OwnForward(norm, LastNorm(norm, state.ahead).forward))
 
 
 def _replace_attention(
@@ -210,7 +217,7 @@ def _replace_moe(model: nn.Module, state: Patch, path: str, block: nn.Module, li
     )
     router = getattr(block, routing.router)
     renormalise = state.adapter.flag("renormalised", config.to_dict())
-    state.hooks.append(_OwnForward(router, routed(router, config.num_experts_per_tok, routing, renormalise)))
+    state.hooks.append(OwnForward(router, routed(router, config.num_experts_per_tok, routing, renormalise)))
     shared = shared_gate = None
     if routing.shared:
         shared = _mlp(model, state, f"{path}.{routing.shared}", like, is_partial=True)  # the block reduces, once
