@@ -127,6 +127,24 @@ def test_hooks_within_a_block_without_a_gate(kind):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_recorded_hidden_states_do_not_end_the_look_ahead(norms):
+    """Catches the hooks that transformers leaves behind for good, at the first call that asks for states, taken for
+    some that may change what they see; and one that does so beside them, not honoured."""
+    whole, model = reference("llama-12/4").copy(), patched("llama-12/4")
+    assert_close(logits_of(model), reference("llama-12/4").logits)
+    launches = norms.copy()
+    want, got = (each(prompt(), use_cache=False, output_hidden_states=True).hidden_states for each in (whole, model))
+    assert all(len(layer._forward_hooks) == 1 for layer in model.model.layers)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b)
+    assert_close(logits_of(model), reference("llama-12/4").logits)
+    assert norms == 3 * launches
+    want, got = (hooked(each, "model.layers.0", "behind") for each in (whole, model))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=TOLERANCE)
+    assert norms.count(False) == launches.count(False) * 5 + 1
+
+
 def test_hooks_on_every_module():
     """Catches norms that tools which follow all modules, as profilers do, do not see."""
     model = patched("llama-12/4")

@@ -159,6 +159,17 @@ def test_ranks_that_are_threads():
         assert torch.equal(chosen, tokens)
 
 
+@torch.no_grad()
+def test_what_records_hidden_states_is_not_in_the_graph():
+    """Catches a break, or a norm that is no longer normed ahead, where transformers has left its hooks behind."""
+    model = small("llama")
+    graphs: list[Counter] = []
+    tp_runtime.patch(model)
+    model(prompt(), use_cache=False, output_hidden_states=True)
+    torch.compile(model, fullgraph=True, backend=recorder(graphs))(prompt(), use_cache=False)
+    assert [ops["rms_norm"] for ops in graphs] == [3]  # before attention; with a sum before it, behind it and at last
+
+
 def test_hugging_faces_generate_compiles():
     """Catches a patched model that Hugging Face's generate() does not compile, as it does on a GPU, or compiles once
     for all: unpatched, the same model is another program."""

@@ -83,6 +83,16 @@ class LastNorm:
         return type(self._norm).forward(self._norm, hidden_states) if y is None else y
 
 
+# Where transformers has the hooks that record hidden states: the first call that asks for some leaves them for good.
+RECORDERS = "transformers.utils.output_capturing"
+
+
+def may_change(module: nn.Module) -> bool:
+    """Whether a hook may change what a module returns: all may but recorders, which do nothing where nobody asks."""
+    hooks = module._forward_hooks
+    return bool(hooks) and any(getattr(hook, "__module__", "") != RECORDERS for hook in hooks.values())
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether someone has hooks on a module: then it is called as one, and on what it would be called with."""
     return bool(
@@ -159,7 +169,7 @@ class DecoderBlock:
         return (
             self._ahead.is_open
             and self._norm_ahead is not None
-            and not self._layer._forward_hooks
+            and not may_change(self._layer)
             and not self._taker._forward_pre_hooks
             and not is_watched(self._norm_ahead)
         )
