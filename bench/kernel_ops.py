@@ -252,7 +252,7 @@ class TopKOp(Op):
 OPS = {
     op.name: op
     for op in (
-        Op("gemm", ("qkv", "o", "down", "shared_down", "lm_head")),
+        Op("gemm", ("qkv", "o", "up", "down", "shared_down", "lm_head")),
         Op("gated_gemm", ("gate_up", "shared_gate_up"), stacked=2),
     )
 }

@@ -4,7 +4,7 @@ Nothing is written down but the models' sizes: every shape is what the runtime's
 come out as they run. A role is a GEMM of the decoder, its weight [N, K] as one rank holds it:
 
     qkv, o           attention; the rank's query heads and the key/value heads that they read, in one GEMM
-    gate_up, down    a dense FFN, gate and up stacked: N = 2 * I_r
+    gate_up, down    a dense FFN, gate and up stacked: N = 2 * I_r; without a gate: up, down
     lm_head          the rank's part of the vocabulary
     experts_gate_up, experts_down    one of the `num_experts` matrices of a MoE layer
     shared_gate_up, shared_down      the expert that every token of a MoE layer takes
@@ -45,10 +45,11 @@ MODELS: dict[str, dict] = {
 
 # role -> the parameters whose rows are stacked, by the ends of their names
 ROLES = {
-    "qkv": r"self_attn\.[qkv]_proj\.weight",
+    "qkv": r"self_attn\.(q|k|v|qkv)_proj\.weight",
     "o": r"self_attn\.o_proj\.weight",
-    "gate_up": r"\.(mlp|feed_forward)\.(gate|up)_proj\.weight",
-    "down": r"\.(mlp|feed_forward)\.down_proj\.weight",
+    "gate_up": r"\.(mlp|feed_forward)\.(gate|up|gate_up)_proj\.weight",
+    "up": r"\.mlp\.c_fc\.weight",
+    "down": r"\.(mlp|feed_forward)\.(down_proj|c_proj)\.weight",
     "experts_gate_up": r"experts\.gate_up_proj",
     "experts_down": r"experts\.down_proj",
     "shared_gate_up": r"shared_expert\.(gate|up)_proj\.weight",

@@ -20,10 +20,13 @@ from bench.kernel_ops import OPS, AttentionOp, ExpertsOp, Op, TopKOp
 from bench.kernel_shapes import MODELS, PUBLISHED_CUBLAS_US, SKINNY, KernelShape, model_shapes
 from bench.kernel_shapes import shape as named_shape
 from tests.interpreted import interpreted
+from tests.tiny_models import tiny
 from tp_runtime import layers
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.estimate import find_device
+from tp_runtime.experts import ParallelExperts
 from tp_runtime.kernels import decode_attention_kernel, rope_decode_attention, tuned
+from tp_runtime.models.adapter import FAMILIES
 from tp_runtime.plan import make_plan
 
 H200 = find_device("NVIDIA H200")
@@ -79,17 +82,21 @@ def test_uneven_cuts_are_named_by_their_first_rank():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("model", ["demo:llama", "demo:mixtral"])
-def test_shapes_are_those_that_the_layers_multiply_with(model, rank):
-    """Catches roles that drift from what is patched in: rows would be measured that no layer looks up."""
-    held = set()
-    for module in tp_runtime.load(model, NullCommunicator(rank, 3)).modules():
-        if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear | layers.ParallelLMHead):
-            held.add(tuple(module.weight.shape))
-        held |= {tuple(p.shape[1:]) for p in module.parameters(recurse=False) if p.ndim == 3}  # experts
-    shapes = {(s.n, s.k) for s in model_shapes(model, 3)}
-    assert held and held <= shapes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_those_that_the_layers_multiply_with(family):
+    """Catches roles that drift from what is patched in, and a family's names that are none: shapes never measured."""
+    for rank in (0, 2):
+        model = tiny(family, (9, 3))
+        plan = make_plan(model.config, 3)
+        tp_runtime.patch(model, NullCommunicator(rank, 3), plan)
+        held = set()
+        for module in model.modules():
+            if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear | layers.ParallelLMHead):
+                held.add(tuple(module.weight.shape))
+            if isinstance(module, ParallelExperts):
+                order = -1 if module.is_transposed else 1
+                held |= {tuple(p.shape[1:])[::order] for p in module.parameters()}
+        assert len(held) >= 4 and held <= {(s.n, s.k) for s in kernel_shapes.kernel_shapes(family, plan)}
 
 
 @pytest.mark.parametrize("name", ["", "llama-3-8b", "llama-3-8b o tp", "gpt-5 o tp1", "llama-3-8b O tp1"])

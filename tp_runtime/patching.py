@@ -29,7 +29,7 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
 
     The model may be in memory (its full weights are released as they are cut) or on the meta device (then
     `load_weights` fills it). Afterwards `print(model)` shows local shapes, and `model.generate()` gives every rank the
-    same tokens. A second call on the same model changes nothing. The patched model is for inference.
+    same tokens. A second call on the same model changes nothing. The patched model is for inference, and is not copied.
 
     Args:
         model: a Hugging Face causal language model of a supported family.
