@@ -154,6 +154,7 @@ def _row_cases(arch: int) -> Iterator[Case]:
         for name, *options in (
             ("plain",), ("residual", x), ("post-norm", x, True, 1.0, weight),
             ("layer norm", x, False, 1.0, None, weight), ("without bias", x, False, 1.0, None, None, True),
+            ("x_bias, layer norm", x, False, 1.0, None, weight, False, weight),
         ):  # fmt: skip
             launch = functools.partial(kernels.run, x, weight, 1e-5, *options)
             yield Case("rms_norm", name, arch, dtype, f"M={m} N={n}", launch, has_wide_loads=n > 70)

@@ -4,6 +4,7 @@
     residual    h = residual + residual_multiplier * x       y = norm(h) * weight
     post-norm   h = residual + norm(x) * post_weight         y = norm(h) * weight       (gemma2, gemma3; olmo2: y = h)
 
+With an `x_bias`, x stands for x + x_bias: that of the linear layer before, which could not add it to a part of a sum.
 Centered, or with a bias, it is a layer norm (cohere; starcoder2): the row's mean is subtracted before, the bias added
 behind.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import torch
 
@@ -33,10 +35,13 @@ def rmsnorm_ref(
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     centered: bool = False,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` with torch's own norm: what runs on the CPU."""
     if residual is None:
         return norm_ref(x, weight, eps, unit_offset, bias, centered)
+    if x_bias is not None:
+        x = x + x_bias
     if post_weight is not None:
         h = residual + norm_ref(x, post_weight, eps, unit_offset)
     else:
@@ -84,6 +89,7 @@ def rms_norm(
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     centered: bool = False,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; with a residual, of the new residual stream h.
 
@@ -97,6 +103,7 @@ def rms_norm(
         post_weight: [N]: h = residual + norm(x) * post_weight; the multiplier does not apply.
         bias: [N], of a layer norm: y = (h - mean(h)) / sqrt(variance(h) + eps) * weight + bias.
         centered: a layer norm, also where there is no bias.
+        x_bias: [N], with a residual only: added to x before all else.
 
     Returns:
         y like x; with a residual (y, h).
@@ -104,9 +111,10 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes that do not fit, or nothing to do.
 
-    Numerics: fp32 inside, one rounding for y; h and what is added to it are rounded as Hugging Face's separate ops do.
+    Numerics: fp32 inside, one rounding for y; h and what is added to it are rounded as Hugging Face's separate ops do,
+    x + x_bias as a linear layer's output.
     """
-    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered)
+    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered, x_bias)
     if torch.compiler.is_compiling():
         return _unpacked(torch.ops.tp_runtime.rms_norm(x, weight, *options), residual)
     if not x.is_cuda:
@@ -118,6 +126,23 @@ def _unpacked(outputs: list[torch.Tensor], residual: torch.Tensor | None):
     return outputs[0] if residual is None else (outputs[0], outputs[-1])
 
 
+class AddNorm(NamedTuple):
+    """What a decoder block does with a sum over ranks, to be handed to who makes the sum: `rms_norm`'s arguments."""
+
+    weight: torch.Tensor | None
+    eps: float
+    residual: torch.Tensor
+    unit_offset: bool = False
+    residual_multiplier: float = 1.0
+    post_weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    centered: bool = False
+
+    def of(self, x: torch.Tensor, x_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, h) for x [..., N]."""
+        return rms_norm(x, *self, x_bias)
+
+
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -126,15 +151,17 @@ def _check(
     post_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     centered: bool,
+    x_bias: torch.Tensor | None,
 ) -> None:
-    if residual is None and (weight is None or post_weight is not None):
-        raise ValueError("without a residual there is one norm: pass its weight, and no post_weight")
+    if residual is None and (weight is None or post_weight is not None or x_bias is not None):
+        raise ValueError("without a residual there is one norm: pass its weight, no post_weight and no x_bias")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         theirs, ours = (f"{list(t.shape)} {t.dtype}" for t in (residual, x))
         raise ValueError(f"residual is {theirs}, x is {ours}: they must be alike")
     if (centered or bias is not None) and (weight is None or post_weight is not None or unit_offset):
         raise ValueError("a layer norm, centered or with a bias, has a weight, no unit_offset and no post_weight")
-    for name, vector in (("weight", weight), ("post_weight", post_weight), ("bias", bias)):
+    vectors = {"weight": weight, "post_weight": post_weight, "bias": bias, "x_bias": x_bias}
+    for name, vector in vectors.items():
         if vector is not None and (vector.shape != x.shape[-1:] or not vector.is_contiguous()):
             raise ValueError(f"{name} is {list(vector.shape)}, strides {vector.stride()}; x is {list(x.shape)}: "
                              f"it must be a contiguous [{x.shape[-1]}]")  # fmt: skip
@@ -143,16 +170,17 @@ def _check(
 _library = torch.library.Library("tp_runtime", "FRAGMENT")
 _library.define(
     "rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual=None, bool unit_offset=False, "
-    "float residual_multiplier=1.0, Tensor? post_weight=None, Tensor? bias=None, bool centered=False) -> Tensor[]"
+    "float residual_multiplier=1.0, Tensor? post_weight=None, Tensor? bias=None, bool centered=False, "
+    "Tensor? x_bias=None) -> Tensor[]"
 )
 
 
 def _op(
     x, weight, eps,
-    residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False,
+    residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False, x_bias=None,
 ):  # fmt: skip
-    _check(x, weight, residual, unit_offset, post_weight, bias, centered)
-    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered)
+    _check(x, weight, residual, unit_offset, post_weight, bias, centered, x_bias)
+    options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered, x_bias)
     if not x.is_cuda or not fits(x.shape[-1]):
         return _run_ref(x, weight, *options)
     from .rms_norm_kernel import run

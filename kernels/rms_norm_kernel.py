@@ -16,9 +16,15 @@ def inverse_rms(x, eps, N: tl.constexpr):
 
 
 @triton.jit
+def load_row(row_ptr, offs_n, N: tl.constexpr):
+    """A vector [N] as fp32 [1, BLOCK_N], 0 beyond N."""
+    return tl.load(row_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def load_factor(weight_ptr, offs_n, N: tl.constexpr, UNIT_OFFSET: tl.constexpr):
     """What a normed row is multiplied with, fp32 [1, BLOCK_N]."""
-    weight = tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    weight = load_row(weight_ptr, offs_n, N)
     return weight + 1 if UNIT_OFFSET else weight
 
 
@@ -32,7 +38,8 @@ def _centered(x, offs_n, N: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, M, stride_xm, eps, residual_multiplier,
+    x_ptr, x_bias_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr,
+    M, stride_xm, eps, residual_multiplier,
     N: tl.constexpr, UNIT_OFFSET: tl.constexpr, CENTERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +53,8 @@ def _rms_norm_kernel(
                 prefetch_l2(weight_ptr + line)
             if post_weight_ptr is not None:
                 prefetch_l2(post_weight_ptr + line)
+            if x_bias_ptr is not None:
+                prefetch_l2(x_bias_ptr + line)
         tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -54,6 +63,8 @@ def _rms_norm_kernel(
     rows = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]  # of what is contiguous
     if residual_ptr is not None:
         # Rounded where Hugging Face's separate ops round: h is the model's residual stream.
+        if x_bias_ptr is not None:
+            x = (x + load_row(x_bias_ptr, offs_n, N)).to(dtype).to(tl.float32)
         if post_weight_ptr is not None:
             x *= inverse_rms(x, eps, N) * load_factor(post_weight_ptr, offs_n, N, UNIT_OFFSET)
         else:
@@ -67,7 +78,7 @@ def _rms_norm_kernel(
             x = _centered(x, offs_n, N)
         y = x * inverse_rms(x, eps, N) * load_factor(weight_ptr, offs_n, N, UNIT_OFFSET)
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+            y += load_row(bias_ptr, offs_n, N)
         tl.store(y_ptr + rows, y.to(dtype), mask=mask)
 
 
@@ -81,6 +92,7 @@ def run(
     post_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     centered: bool = False,
+    x_bias: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """The launch: [y], or [y, h] with a residual, or [h] with a residual and no weight. Rows are at most MAX_WIDTH."""
     n = x.shape[-1]
@@ -92,7 +104,7 @@ def run(
         block_m = max(1, 2048 // block_n)  # of short rows a few to a program
         grid = (triton.cdiv(len(rows), block_m),)
         _rms_norm_kernel[grid](
-            rows, None if residual is None else residual.contiguous(), post_weight, weight, bias, h, y,
+            rows, x_bias, None if residual is None else residual.contiguous(), post_weight, weight, bias, h, y,
             len(rows), rows.stride(0), eps, residual_multiplier, N=n, UNIT_OFFSET=unit_offset,
             CENTERED=centered or bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, PDL=has_pdl(),
             num_warps=min(32, max(4, block_m * block_n // 512)), **launch_options(),

@@ -32,8 +32,9 @@ def poisoned_outputs(monkeypatch):
 
 
 def exact(
-    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False
-):
+    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False,
+    x_bias=None,
+):  # fmt: skip
     """The equation in float64; h is rounded where the model's own residual stream is."""
 
     def norm(x, weight):
@@ -43,7 +44,8 @@ def exact(
 
     if residual is None:
         return norm(x.double(), weight)
-    added = x.double() * residual_multiplier if post_weight is None else norm(x.double(), post_weight)
+    summed = x.double() if x_bias is None else x.double() + x_bias.double()
+    added = summed * residual_multiplier if post_weight is None else norm(summed, post_weight)
     h = (residual + added.to(x.dtype)).double()
     return norm(h, weight), h
 
@@ -55,8 +57,9 @@ def inputs(shape, dtype):
 
 
 def torch_norm(
-    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False
-):
+    x, weight, residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False,
+    x_bias=None,
+):  # fmt: skip
     """As Hugging Face's modules compute, one after the other."""
 
     def norm(x, weight):
@@ -67,6 +70,7 @@ def torch_norm(
 
     if residual is None:
         return norm(x, weight)
+    x = x if x_bias is None else x + x_bias
     h = residual + (x * residual_multiplier if post_weight is None else norm(x, post_weight))
     return norm(h, weight), h
 
@@ -94,6 +98,8 @@ def test_kernel(shape, dtype, unit_offset):
         {"residual": residual, "residual_multiplier": 0.22},
         {"residual": residual, "post_weight": post_weight},
     ]
+    x_bias = post_weight.flip(0) * 3
+    cases += [{**options, "x_bias": x_bias} for options in cases[1:]]
     for options in cases:
         outputs = kernel.run(x, weight, EPS, unit_offset=unit_offset, **options)
         want = exact(x, weight, unit_offset=unit_offset, **options)
@@ -112,10 +118,11 @@ def test_layer_norm(shape, dtype):
         (y,) = kernel.run(residual, weight, EPS, **options)
         (theirs,) = in_all_orders(residual, weight, **options)
         assert_as_exact_as(y, theirs, exact(residual, weight, **options))
-        outputs = kernel.run(x, weight, EPS, residual, **options)
-        want, theirs = exact(x, weight, residual, **options), in_all_orders(x, weight, residual=residual, **options)
-        for got, wanted, beside in zip(outputs, want, theirs, strict=True):
-            assert_as_exact_as(got, beside, wanted)
+        for added in ({"residual": residual}, {"residual": residual, "x_bias": bias.flip(0)}):
+            outputs = kernel.run(x, weight, EPS, **added, **options)
+            want, theirs = exact(x, weight, **added, **options), in_all_orders(x, weight, **added, **options)
+            for got, wanted, beside in zip(outputs, want, theirs, strict=True):
+                assert_as_exact_as(got, beside, wanted)
 
 
 def test_kernel_returns_h_alone_without_weight():
@@ -161,6 +168,8 @@ def test_cpu_form_is_hugging_faces(dtype):
         assert y is h
     y, h = rms_norm(x, weight, EPS, residual, residual_multiplier=0.5)
     assert torch.equal(h, residual + x * 0.5)
+    y, h = rms_norm(x, weight, EPS, residual, x_bias=post_weight, residual_multiplier=0.5)
+    assert torch.equal(h, residual + (x + post_weight) * 0.5)
     norm = CohereLayerNorm(64, EPS)
     norm.weight.data = weight
     theirs = norm(x).detach()
@@ -177,6 +186,7 @@ def op_arguments():
     yield (x, None, EPS, residual)
     yield (x, weight, EPS, residual, False, 1.0, None, post_weight)
     yield (x, weight, EPS, residual, False, 1.0, None, None, True)
+    yield (x, weight, EPS, residual, False, 0.5, None, None, False, post_weight)
     yield (torch.randn(4, 2, 45).transpose(0, 1), weight, EPS)
 
 
@@ -208,6 +218,8 @@ def test_compiles_into_one_op():
         ({"residual": torch.ones(2, 1, 64)}, r"residual is \[2, 1, 64\]"),
         ({"residual": torch.ones(2, 64).half()}, "float16"),
         ({"bias": torch.ones(63)}, r"bias is \[63\].*contiguous \[64\]"),
+        ({"x_bias": torch.ones(64)}, "no x_bias"),
+        ({"x_bias": torch.ones(63), "residual": torch.ones(2, 64)}, r"x_bias is \[63\].*contiguous \[64\]"),
         ({"bias": torch.ones(64), "unit_offset": True}, "a layer norm, centered or with a bias"),
         ({"centered": True, "unit_offset": True}, "a layer norm, centered or with a bias"),
     ],
@@ -225,7 +237,8 @@ def test_gpu():
     """Catches what only the compiled kernel does: bfloat16, wide loads, dependent launches; and a race."""
     for shape in [(1, 4096), (64, 8192), (33, 2880), (1000, 128), (3, 32768)]:
         x, residual, weight, post_weight = (t.cuda() for t in inputs(shape, torch.bfloat16))
-        forms = ({}, {"residual": residual}, {"residual": residual, "post_weight": post_weight})
+        forms = ({}, {"residual": residual}, {"residual": residual, "post_weight": post_weight},
+                 {"residual": residual, "x_bias": post_weight})  # fmt: skip
         for options in (*forms, {"residual": residual, "bias": post_weight}, {"residual": residual, "centered": True}):
             outputs = compiled.run(x, weight, EPS, **options)
             want, theirs = exact(x, weight, **options), torch_norm(x, weight, **options)

@@ -19,9 +19,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import next_room
+from .kernels.rms_norm import AddNorm
 from .kernels.rope import partners
 from .kernels.rope_decode_attention import rope_decode_attention
-from .layers import QKVParallelLinear, RowParallelLinear
+from .layers import QKVParallelLinear, RowParallelLinear, summed
 from .plan import HeadPlan, Range
 
 _HF_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -118,6 +119,8 @@ class ParallelAttention(nn.Module):
         softcap: what it is told to cap the scores with, if anything.
     """
 
+    ends_in = "o_proj"
+
     def __init__(
         self,
         attention: nn.Module,
@@ -161,15 +164,23 @@ class ParallelAttention(nn.Module):
         self._last_norm_eps = attention.qk_norm.eps if hasattr(attention, "qk_norm") else None
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[torch.Tensor, None]:
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        then: AddNorm | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], None]:
         """
         Args:
             hidden_states: [B, S, H], whole on every rank.
             position_embeddings: what `RotaryEmbedding` returns.
+            then: what follows the sum over ranks.
 
         Returns:
-            [B, S, H], whole on every rank; and None where Hugging Face's attention returns its weights.
+            [B, S, H], whole on every rank, or what `then` makes of it; and None where Hugging Face's attention returns
+            its weights.
         """
         batch, length, _ = hidden_states.shape
         modules = self._modules  # nn.Module finds `self.qkv_proj` only after looking everywhere else
@@ -180,7 +191,7 @@ class ParallelAttention(nn.Module):
         if length == 1 and past_key_values is not None and has_one_launch(qkv):
             y = self._in_one_launch(qkv, attend, position_embeddings, attention_mask, past_key_values)
             if y is not None:
-                return modules["o_proj"](y), None
+                return summed(modules["o_proj"], y, then), None
         qkv = qkv.view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
         qk, v = torch.split_with_sizes(qkv, self._split_qk_v, 1)
         if self.has_qk_norm:
@@ -203,7 +214,7 @@ class ParallelAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, enable_gqa=is_grouped).transpose(1, 2)
         else:
             y, _ = attend(self, q, k, v, attention_mask, **self._options, **kwargs)
-        return modules["o_proj"](y.reshape(batch, length, -1)), None
+        return summed(modules["o_proj"], y.reshape(batch, length, -1), then), None
 
     def _in_one_launch(self, qkv, attend, position_embeddings, mask, past_key_values) -> torch.Tensor | None:
         """Attention's output [B, 1, H_q * D] for qkv [B, 1, ...]; None where the op would not compute what `attend`

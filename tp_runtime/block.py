@@ -9,6 +9,9 @@ or both (`Adapter.norms`):
     y    = down_proj(act(gate) * up)           all-reduce; or the experts
     h, y = h + y, next_norm(h + y)             one launch; the next layer's norm, at last the model's
 
+The biases of o_proj and down_proj belong to these launches. So the launch is handed to the part that makes the sum
+(`then`), where nobody but the block sees that part's output.
+
 Where both parts read the same norm (`parallel`), one all-reduce and one launch serve both:
 
     y    = o_proj(attention(qkv_proj(y))) + down_proj(act(gate) * up)      this rank's parts; all-reduce
@@ -33,8 +36,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as of_all_modules
 
-from .kernels.rms_norm import rms_norm
-from .layers import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from .kernels.rms_norm import AddNorm
+from .layers import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear, summed
 from .model_config import FUSED_ACTIVATIONS
 from .models.adapter import Adapter
 from .overlap import Overlap, all_reduce
@@ -103,6 +106,17 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
+def is_seen(part: Callable) -> bool:
+    """Whether someone else sees what attention or the feed-forward block returns: a hook or a wrapper, on it or on the
+    row-parallel layer that it ends in; or it is none of ours."""
+    if not isinstance(part, nn.Module):
+        return False
+    if (name := getattr(part, "ends_in", None)) is None or is_watched(part) or "forward" in part.__dict__:
+        return True
+    last = part._modules.get(name)
+    return name != "" and (type(last) is not RowParallelLinear or is_watched(last) or "forward" in last.__dict__)
+
+
 class DecoderBlock:
     """`forward` of one decoder layer of Hugging Face's, whose modules are ours.
 
@@ -149,42 +163,46 @@ class DecoderBlock:
             y = x
         elif (y := self._ahead.take(norm, x)) is None:
             y = norm(x)
+        attention, feed_forward = parts["self_attn"], parts[self._feed_forward]
         if self._is_parallel:
-            y = parts["self_attn"](hidden_states=y, **kwargs)[0] + parts[self._feed_forward](y)
-            y = all_reduce(y, self._overlap)
+            y = attention(hidden_states=y, **kwargs)[0] + feed_forward(y)
+            last: tuple = (all_reduce, y, self._overlap)
         else:
-            y, _ = parts["self_attn"](hidden_states=y, **kwargs)
-            x, y = self._added(x, y, self._attention_out, self._feed_forward_in)
-            y = parts[self._feed_forward](y)
-        if isinstance(y, tuple):  # a sparse block that returns the router's logits as well
-            y = y[0]
-        if not self._looks_ahead():
-            return self._added(x, y, self._feed_forward_out, None)[0]
-        x, y = self._added(x, y, self._feed_forward_out, self._norm_ahead)
-        self._ahead.leave(self._norm_ahead, x, y)
-        return x
+            x, y = self._added(x, self._attention_out, self._feed_forward_in, attention, hidden_states=y, **kwargs)
+            last = (feed_forward, y)
+        norm = self._next_norm()
+        h, y = self._added(x, self._feed_forward_out, norm, *last)
+        if norm is not None:
+            self._ahead.leave(norm, h, y)
+        return h
 
-    def _looks_ahead(self) -> bool:
-        """Whether the next norm is applied here: not where a hook may change h before it, or waits for its call."""
-        return (
-            self._ahead.is_open
-            and self._norm_ahead is not None
-            and not may_change(self._layer)
-            and not self._taker._forward_pre_hooks
-            and not is_watched(self._norm_ahead)
-        )
+    def _next_norm(self) -> nn.Module | None:
+        """What norms h next, if that is done here: not where a hook may change h before it, or waits for its call."""
+        norm, is_open = self._norm_ahead, self._ahead.is_open
+        if not is_open or norm is None or may_change(self._layer) or self._taker._forward_pre_hooks:
+            return None
+        return None if is_watched(norm) else norm
 
     def _added(
-        self, residual: torch.Tensor, y: torch.Tensor, behind: nn.Module | None, norm: nn.Module | None
+        self, x: torch.Tensor, behind: nn.Module | None, norm: nn.Module | None, part: Callable, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """h = residual + y, or residual + behind(y), and norm(h), or h where there is none: one launch."""
-        if behind is not None and is_watched(behind):
-            y, behind = behind(y), None
+        """h = x + part(...), or x + behind(part(...)), and norm(h), or h where there is none: one launch."""
         fused = None if norm is None or is_watched(norm) else norm
+        fused_behind = None if behind is None or is_watched(behind) else behind
         p = {} if fused is None else fused._parameters
-        behind_weight = None if behind is None else behind._parameters["weight"]
-        options = (self._is_unit_offset, self._scale, behind_weight, p.get("bias"))
-        y, h = rms_norm(y, p.get("weight"), self._eps, residual, *options, self._is_centered and fused is not None)
+        post_weight = None if fused_behind is None else fused_behind._parameters["weight"]
+        is_centered = self._is_centered and fused is not None
+        options = (self._is_unit_offset, self._scale, post_weight, p.get("bias"), is_centered)
+        then = AddNorm(p.get("weight"), self._eps, x, *options)
+        if fused_behind is not behind or is_seen(part):
+            y = part(*args, **kwargs)
+            y = y[0] if isinstance(y, tuple) else y  # beside it attention's weights, or the router's logits
+            if behind is not None and fused_behind is None:
+                y = behind(y)
+            y, h = then.of(y)
+        else:
+            both = part(*args, **kwargs, then=then)
+            y, h = both[0] if isinstance(both[0], tuple) else both
         return h, y if norm is None or fused is not None else norm(h)
 
 
@@ -195,6 +213,8 @@ class ParallelMLP(nn.Module):
         act_fn: Hugging Face's activation, by the name that it has in the config, for a name without a fused kernel.
     """
 
+    ends_in = "down_proj"
+
     def __init__(
         self, gate_up_proj: MergedColumnParallelLinear, down_proj: RowParallelLinear, activation: str, act_fn: nn.Module
     ):
@@ -202,12 +222,15 @@ class ParallelMLP(nn.Module):
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
         self.activation = FUSED_ACTIVATIONS.get(activation)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, then: AddNorm | None = None):
+        """[..., H] -> [..., H], or what `then` makes of that."""
         modules = self._modules
         if self.activation is None:
             gate, up = modules["gate_up_proj"](x).chunk(2, -1)
-            return modules["down_proj"](self.act_fn(gate).mul_(up))
-        return modules["down_proj"](modules["gate_up_proj"].gated(x, self.activation))
+            y = self.act_fn(gate).mul_(up)
+        else:
+            y = modules["gate_up_proj"].gated(x, self.activation)
+        return summed(modules["down_proj"], y, then)
 
 
 class UngatedMLP(nn.Module):
@@ -217,14 +240,17 @@ class UngatedMLP(nn.Module):
         act_fn: as of ParallelMLP; called, as c_fc is, also where one of the two has hooks.
     """
 
+    ends_in = "c_proj"
+
     def __init__(self, c_fc: ColumnParallelLinear, c_proj: RowParallelLinear, activation: str, act_fn: nn.Module):
         super().__init__()
         self.c_fc, self.c_proj, self.act_fn = c_fc, c_proj, act_fn
         self.activation = FUSED_ACTIVATIONS.get(activation)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, then: AddNorm | None = None):
+        """[..., H] -> [..., H], or what `then` makes of that."""
         modules = self._modules
         c_fc, act_fn = modules["c_fc"], modules["act_fn"]
-        if self.activation is None or is_watched(c_fc) or is_watched(act_fn):
-            return modules["c_proj"](act_fn(c_fc(x)))
-        return modules["c_proj"](c_fc.activated(x, self.activation))
+        is_fused = self.activation is not None and not is_watched(c_fc) and not is_watched(act_fn)
+        y = c_fc.activated(x, self.activation) if is_fused else act_fn(c_fc(x))
+        return summed(modules["c_proj"], y, then)

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .kernels.grouped_gemm import experts
+from .kernels.rms_norm import AddNorm
 from .kernels.routing import route
 from .model_config import FUSED_ACTIVATIONS
 from .models.adapter import Routing
@@ -131,6 +132,8 @@ class ParallelMoE(nn.Module):
         shared_gate: Hugging Face's, whole on every rank.
     """
 
+    ends_in = ""  # nothing that hooks could be on
+
     def __init__(
         self,
         routing: Routing,
@@ -148,8 +151,9 @@ class ParallelMoE(nn.Module):
         if shared_gate is not None:
             self.add_module(routing.shared_gate, shared_gate)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """[..., H] -> [..., H], the same bits on every rank; and the router's logits where the family returns them."""
+    def forward(self, hidden_states: torch.Tensor, then: AddNorm | None = None):
+        """[..., H] -> [..., H], or what `then` makes of that; the same bits on every rank; and the router's logits
+        where the family returns them."""
         routing, modules = self.routing, self._modules
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits, weights, index = modules[routing.router](x)
@@ -161,7 +165,7 @@ class ParallelMoE(nn.Module):
             if routing.shared_gate:
                 shared = shared * F.linear(x, modules[routing.shared_gate].weight.detach()).sigmoid()
             y = y.add_(shared)
-        y = all_reduce(y, self.overlap).view(hidden_states.shape)
+        y = all_reduce(y.view(hidden_states.shape), self.overlap, then)
         return (y, logits) if routing.returns_logits else y
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from .comm import Communicator
 from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
-from .kernels.rms_norm import rms_norm
+from .kernels.rms_norm import AddNorm, rms_norm
 from .overlap import Overlap, few_elements, row_parallel
 from .plan import Range
 
@@ -109,9 +109,12 @@ class RowParallelLinear(nn.Module):
         self.weight = _parameter(out_features, in_features_local, like=like)
         self.register_parameter("bias", _parameter(out_features, like=like) if bias else None)
 
-    def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_shard_k: torch.Tensor, then: AddNorm | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """y; or what `then`, which adds the bias as well, makes of it."""
         p = self._parameters
-        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap, self.in_features, self._few)
+        return row_parallel(x_shard_k, p["weight"], p["bias"], self.overlap, self.in_features, self._few, then)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         views = {f"{name}.weight": self.weight.detach()}
@@ -122,11 +125,19 @@ class RowParallelLinear(nn.Module):
         return f"{features}, bias={self.bias is not None}"
 
 
+def summed(
+    linear: RowParallelLinear, x_shard_k: torch.Tensor, then: AddNorm | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """linear(x), called so that hooks see it, or what `then` makes of it: then there are none."""
+    return linear(x_shard_k) if then is None else linear.forward(x_shard_k, then)
+
+
 class PartialLinear(RowParallelLinear):
     """This rank's part of that sum, [..., N], for who adds it to other parts and reduces all at once; `overlap` tells
     how. The first rank's part has the bias."""
 
-    def forward(self, x_shard_k: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_shard_k: torch.Tensor, then: AddNorm | None = None) -> torch.Tensor:
+        assert then is None
         p = self._parameters
         return gemm(x_shard_k, p["weight"], p["bias"] if self.overlap.comm.rank == 0 else None)
 

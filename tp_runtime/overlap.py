@@ -4,7 +4,7 @@ The program, whatever the schedule:
 
     y = x_shard_k @ w_shard_k.T        [M, N], this rank's part of the sum over K
     y = sum of y over ranks            same bits on every rank
-    y = y + bias
+    y = y + bias                       or, in a decoder block, what follows: residual + (y + bias), and its norm
 
     sequential   compute   [ gemm            ]                  [ next
                  comm                         [ all-reduce      ]
@@ -34,13 +34,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from .communicator import Communicator
 from .kernels.gemm import gemm
+from .kernels.rms_norm import AddNorm
 
 # Below, a collective is bound by latency, and two of half the size take twice as long (NCCL: 7 to 18 us a call).
 MIN_CUT_BYTES = 1 << 20
@@ -238,15 +239,19 @@ def _bits(m: int) -> int:
     return max(m - 1, 1).bit_length()
 
 
-def all_reduce(y: torch.Tensor, overlap: Overlap) -> torch.Tensor:
-    """Sum over ranks of y, in place; meanwhile the other lane computes, where there is one."""
-    if overlap.lanes is None:
-        is_small = y.nbytes < overlap.smallest_choice()
-        return overlap.comm.all_reduce(y) if is_small else _sum(y, overlap.comm, overlap.sum_schedule(y))
-    handle = overlap.comm.all_reduce_async(y)
-    overlap.lanes.switch()
-    handle.wait()
-    return y
+def all_reduce(
+    y: torch.Tensor, overlap: Overlap, then: AddNorm | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Sum over ranks of y, in place, or what `then` makes of it; meanwhile the other lane computes, if there is one."""
+    if overlap.lanes is not None:
+        handle = overlap.comm.all_reduce_async(y)
+        overlap.lanes.switch()
+        handle.wait()
+    elif y.nbytes < overlap.smallest_choice():
+        overlap.comm.all_reduce(y)
+    else:
+        _sum(y, overlap.comm, overlap.sum_schedule(y))
+    return y if then is None else then.of(y)
 
 
 def _sum(y: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
@@ -291,7 +296,8 @@ def row_parallel(
     overlap: Overlap,
     in_features: int,
     few: int = 0,
-) -> torch.Tensor:
+    then: AddNorm | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """sum over ranks of x_shard_k @ w_shard_k.T, plus bias once.
 
     Args:
@@ -300,14 +306,17 @@ def row_parallel(
         bias: [N], the same on every rank.
         in_features: K, the sum of all ranks' K_r.
         few: `few_elements`; an x with fewer is summed in sequence.
+        then: what follows, which adds the bias too.
 
     Returns:
-        [..., N], the same bits on every rank.
+        [..., N], or what `then` makes of it; the same bits on every rank.
     """
     if overlap.lanes is not None:
-        y = all_reduce(gemm(x_shard_k, w_shard_k), overlap)
+        y: Any = all_reduce(gemm(x_shard_k, w_shard_k), overlap)
     elif x_shard_k.numel() < few:
         y = overlap.comm.all_reduce(gemm(x_shard_k, w_shard_k))
     else:
         y = run(x_shard_k, w_shard_k, overlap.comm, overlap.schedule(x_shard_k, w_shard_k, in_features))
+    if then is not None:
+        return then.of(y, bias)
     return y if bias is None else y.add_(bias)

@@ -68,10 +68,12 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
     small = weight - 1
 
     def form(
-        name: str, weight: torch.Tensor | None, *tensors: torch.Tensor, is_layer_norm: bool = False, **rest: Any
+        name: str, weight: torch.Tensor | None, *tensors: torch.Tensor, names: tuple = ("post_weight",), **rest: Any
     ) -> Form:
+        """`names`: of the vectors behind the residual."""
+
         def call(function: Callable, x, weight, residual=None, *vectors: torch.Tensor):
-            named = dict(zip(("bias",) if is_layer_norm else ("post_weight",), vectors))
+            named = dict(zip(names, vectors))
             result = function(x, weight, EPS, residual, **named, **rest)
             # h alone is one result of ours, and two equal ones of the reference
             return result[0] if residual is not None and weight is None else result
@@ -87,7 +89,10 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
         form("residual, post-norm", weight, residual, post_weight),
         form("residual, 1 + post-norm", small, residual, small, unit_offset=True),
         form("h alone", None, residual, post_weight),
-        form("residual, layer norm", weight, residual, post_weight, is_layer_norm=True),
+        form("residual, x_bias", weight, residual, post_weight, names=("x_bias",)),
+        form("residual, x_bias, post-norm", weight, residual, post_weight, small, names=("post_weight", "x_bias")),
+        form("residual, layer norm", weight, residual, post_weight, names=("bias",)),
+        form("residual, x_bias, layer norm", weight, residual, post_weight, small, names=("bias", "x_bias")),
         form("residual, layer norm without bias", weight, residual, centered=True),
     ]
 
