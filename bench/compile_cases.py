@@ -200,18 +200,24 @@ def _top_k_cases(arch: int) -> Iterator[Case]:
 
 
 def _all_reduce_cases(arch: int) -> Iterator[Case]:
-    """8 ranks, one token of Llama-3-70B."""
+    """8 ranks, one token of Llama-3-70B; and with the norms of other families."""
     kernels = importlib.import_module("tp_runtime.kernels.all_reduce")
+    of = importlib.import_module("tp_runtime.kernels.rms_norm").AddNorm
     x, weight = meta(1, 8192, dtype=torch.bfloat16), meta(8192, dtype=torch.bfloat16)
     table, calls = meta(8, dtype=torch.int64), meta(kernels.PROGRAMS, dtype=torch.int32)
     peers = kernels.Peers(table, table, calls, half_bytes=1 << 20, rank=3, size=8)
     launches = {
         "one shot": functools.partial(kernels.all_reduce, x, peers),
         "two shots": functools.partial(kernels.all_reduce, x, peers, two_shot=True),
-        "rms_norm": functools.partial(kernels.all_reduce_rms_norm, x, x, weight, 1e-5, peers),
     }
+    follow = {
+        "rms_norm": of(weight, 1e-5, x),
+        "post-norm": of(weight, 1e-5, x, True, 1.0, weight),
+        "x_bias, layer norm": of(weight, 1e-5, x, bias=weight, x_bias=weight),
+    }
+    launches |= {name: functools.partial(kernels.all_reduce_rms_norm, x, peers, then) for name, then in follow.items()}
     for name, launch in launches.items():
-        yield Case("all_reduce", name, arch, x.dtype, "R=8 M=1 N=8192", launch)
+        yield Case("all_reduce", name, arch, x.dtype, "R=8 M=1 N=8192", launch, has_wide_loads=True)
 
 
 OPS: dict[str, Callable[[int], Iterator[Case]]] = {

@@ -44,9 +44,9 @@ def logged(comm: Communicator) -> Iterator[Messages]:
     def logging(name: str) -> Callable:
         method = getattr(comm, name)
 
-        def call(x):
+        def call(x, *then):
             num_before = len(log)
-            result = method(x)
+            result = method(x, *then)
             if len(log) == num_before:
                 log.append((name, x.shape, x.dtype))
             return result

@@ -2,8 +2,8 @@
 
     one-shot   every rank reads all of everybody's x.              R messages of n, one barrier: for little data
     two-shot   rank r sums slice r, then everybody reads slices.   2 messages of n, two barriers: for more
-    one-shot, fused with what follows in a decoder layer:
-        h = residual + (y + bias);  z = h / sqrt(mean(h^2) + eps) * weight
+    one-shot, and what follows in a decoder block (`AddNorm`, any form of it) in the same launch:
+        h = residual + (y + x_bias);  z = norm(h)
 
 Sums are taken in rank order in fp32 and rounded once, and so are the same on every rank. For large tensors NCCL wins;
 where the limits lie has not been measured yet (bench/results/not_measured.md).
@@ -26,6 +26,9 @@ What must hold:
   3. a signal carries the number of its barrier and waiting is for "at least": an early peer is not lost;
   4. a program's stores come before its signal (release), its peers' stores after the wait (acquire), system-wide.
 
+A row that is normed is one program's. Where the plain sum is cut into rows as well (`chunk`), the two are the same call
+to the peers: ranks need not agree on what they fuse, which a hook on one of them may forbid there.
+
 Sources: the two algorithms are those of the custom all-reduce of TensorRT-LLM and of vLLM, as are buffers used in
 turn.
 """
@@ -36,6 +39,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from .rms_norm import AddNorm, check, rmsnorm_ref
 
 PROGRAMS = 32  # of every launch; few enough to run at once beside a GEMM that left them multiprocessors
 BLOCK = 1024  # elements that a program moves at a time: 16 bytes a thread in half precision
@@ -84,18 +89,10 @@ def all_reduce_ref(parts: list[torch.Tensor]) -> torch.Tensor:
     return total.to(parts[0].dtype)
 
 
-def all_reduce_rms_norm_ref(
-    parts: list[torch.Tensor],
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(z, h). Rounds where the unfused sequence does: the sum, the sum with bias, h."""
-    y = all_reduce_ref(parts)
-    h = residual + (y if bias is None else y + bias)
-    scale = torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
-    return (h.float() * scale * weight.float()).to(h.dtype), h
+def all_reduce_rms_norm_ref(parts: list[torch.Tensor], then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, h): the unfused sequence."""
+    z, h = rmsnorm_ref(all_reduce_ref(parts), *then)
+    return z, h
 
 
 def _check(x: torch.Tensor, peers: Peers) -> None:
@@ -105,13 +102,17 @@ def _check(x: torch.Tensor, peers: Peers) -> None:
         raise ValueError(f"x has {num_bytes} bytes, the peers' buffers hold {peers.half_bytes}: use NCCL")
 
 
-def all_reduce(x: torch.Tensor, peers: Peers, two_shot: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+def all_reduce(
+    x: torch.Tensor, peers: Peers, two_shot: bool = False, out: torch.Tensor | None = None, chunk: int | None = None
+) -> torch.Tensor:
     """Sum over ranks of x.
 
     Args:
         x: contiguous, of the same shape and dtype on every rank; at most `peers.half_bytes`.
         two_shot: the algorithm, the same on every rank.
         out: like x, contiguous; may be x.
+        chunk: in one shot, elements that a program takes at a time, the same on every rank: of a sum that another rank
+            may norm, a row's.
 
     Returns:
         `out`, the same bits on every rank.
@@ -123,48 +124,36 @@ def all_reduce(x: torch.Tensor, peers: Peers, two_shot: bool = False, out: torch
     y = torch.empty_like(x) if out is None else out
     if not (n := x.numel()):
         return y
-    from .all_reduce_kernels import launch_all_reduce
+    from .all_reduce_kernels import launch_one_shot, launch_two_shot
 
-    # A slice starts on 16 bytes.
-    align = 16 // x.element_size()
-    slice_elements = -(-n // (peers.size * align)) * align if two_shot else n
-    launch_all_reduce(x, y, peers, slice_elements, two_shot, PROGRAMS, BLOCK)
+    if two_shot:
+        align = 16 // x.element_size()  # a slice starts on 16 bytes
+        launch_two_shot(x, y, peers, -(-n // (peers.size * align)) * align, PROGRAMS, BLOCK)
+    else:
+        launch_one_shot(x, y, peers, chunk or BLOCK, PROGRAMS, BLOCK)
     return y
 
 
-def all_reduce_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    peers: Peers,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(z, h): h = residual + (sum over ranks of x, + bias), z = RMSNorm(h) * weight.
+def all_reduce_rms_norm(x: torch.Tensor, peers: Peers, then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, h) = then.of(sum over ranks of x).
 
     Args:
-        x: [..., H], contiguous, this rank's partial sums; at most `peers.half_bytes`.
-        residual: like x; the same on every rank.
-        weight: [H].
-        bias: [H].
+        x: [..., N], contiguous, this rank's partial sums; at most `peers.half_bytes`, rows that `rms_norm.fits`.
+        then: the same on every rank.
 
     Returns:
         z and h like x, the same bits on every rank; h has the bits that the unfused sequence gives.
 
     Raises:
-        ValueError: x is not contiguous or too large; shapes that do not fit.
+        ValueError: x is not contiguous or too large; shapes or dtypes that do not fit.
     """
     _check(x, peers)
-    features = x.shape[-1]
-    if residual.shape != x.shape or not residual.is_contiguous():
-        raise ValueError(f"residual is {tuple(residual.shape)}, strides {residual.stride()}; x is {tuple(x.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != (features,):
-            raise ValueError(f"{name} is {tuple(vector.shape)}, x is {tuple(x.shape)}: it must be ({features},)")
-    z, h = torch.empty_like(x), torch.empty_like(x)
+    check(x, then.weight, then.residual, then.unit_offset, then.post_weight, then.bias, then.centered, then.x_bias)
+    h = torch.empty_like(x)
+    z = h if then.weight is None else torch.empty_like(x)
     if not x.numel():
         return z, h
     from .all_reduce_kernels import launch_all_reduce_rms_norm
 
-    launch_all_reduce_rms_norm(x, residual, bias, weight, z, h, eps, peers, PROGRAMS)
+    launch_all_reduce_rms_norm(x, then, z, h, peers, PROGRAMS)
     return z, h

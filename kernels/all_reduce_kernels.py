@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from .all_reduce import Peers
+from .rms_norm import AddNorm
+from .rms_norm_kernel import prefetch_row, store_added_and_normed, warps_for
 from .target import has_pdl, launch_options
 
 _BARRIERS = 2  # numbers that one call uses up
@@ -47,23 +49,10 @@ def _sum_in_rank_order(buffers_ptr, like_ptr, half, offs, mask, R: tl.constexpr,
 
 
 @triton.jit
-def _all_reduce_kernel(
-    x_ptr,
-    y_ptr,
-    buffers_ptr,
-    signals_ptr,
-    calls_ptr,
-    num_elements,
-    slice_elements,
-    half_bytes,
-    rank,
-    R: tl.constexpr,
-    R_POW2: tl.constexpr,
-    TWO_SHOT: tl.constexpr,
-    BARRIERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def _all_reduce_one_shot_kernel(
+    x_ptr, y_ptr, buffers_ptr, signals_ptr, calls_ptr, num_elements, chunk, half_bytes, rank,
+    R: tl.constexpr, R_POW2: tl.constexpr, BARRIERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -72,65 +61,27 @@ def _all_reduce_kernel(
     half = (call & 1) * half_bytes
     mine_ptr = _address(buffers_ptr, rank, half, x_ptr)
     lane = tl.arange(0, BLOCK)
-    # A slice is what one rank sums: in one-shot the only one, all of x, and every rank sums it.
-    if pid * BLOCK < slice_elements:
-        for s in range(R if TWO_SHOT else 1):
-            for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
-                offs = start + lane
-                at = s * slice_elements + offs
-                mask = (offs < slice_elements) & (at < num_elements)
+    if pid * chunk < num_elements:
+        for first in range(pid * chunk, num_elements, num_programs * chunk):
+            for start in range(0, chunk, BLOCK):
+                at = first + start + lane
+                mask = (start + lane < chunk) & (at < num_elements)
                 tl.store(mine_ptr + at, tl.load(x_ptr + at, mask=mask), mask=mask)
         _signal_and_wait(signals_ptr, call * BARRIERS + 1, rank, R, R_POW2)
-        if TWO_SHOT:
-            for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
-                offs = start + lane
-                at = rank * slice_elements + offs
-                mask = (offs < slice_elements) & (at < num_elements)
-                total = _sum_in_rank_order(buffers_ptr, x_ptr, half, at, mask, R, BLOCK)
-                # In place: of this rank's buffer nobody else reads this slice before the next barrier.
-                tl.store(mine_ptr + at, total.to(x_ptr.dtype.element_ty), mask=mask)
-            _signal_and_wait(signals_ptr, call * BARRIERS + 2, rank, R, R_POW2)
-            for s in range(R):
-                owner_ptr = _address(buffers_ptr, s, half, x_ptr)
-                for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
-                    offs = start + lane
-                    at = s * slice_elements + offs
-                    mask = (offs < slice_elements) & (at < num_elements)
-                    tl.store(y_ptr + at, tl.load(owner_ptr + at, mask=mask, cache_modifier=".cg"), mask=mask)
-        else:
-            for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
-                at = start + lane
-                mask = at < num_elements
+        for first in range(pid * chunk, num_elements, num_programs * chunk):
+            for start in range(0, chunk, BLOCK):
+                at = first + start + lane
+                mask = (start + lane < chunk) & (at < num_elements)
                 total = _sum_in_rank_order(buffers_ptr, x_ptr, half, at, mask, R, BLOCK)
                 tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(calls_ptr + pid, call + 1)
 
 
 @triton.jit
-def _all_reduce_rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    bias_ptr,
-    weight_ptr,
-    z_ptr,
-    h_ptr,
-    buffers_ptr,
-    signals_ptr,
-    calls_ptr,
-    M,
-    H,
-    eps,
-    half_bytes,
-    rank,
-    R: tl.constexpr,
-    R_POW2: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BARRIERS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    offs = tl.arange(0, BLOCK_H)
-    mask = offs < H
+def _all_reduce_two_shot_kernel(
+    x_ptr, y_ptr, buffers_ptr, signals_ptr, calls_ptr, num_elements, slice_elements, half_bytes, rank,
+    R: tl.constexpr, R_POW2: tl.constexpr, BARRIERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -138,87 +89,98 @@ def _all_reduce_rms_norm_kernel(
     call = tl.load(calls_ptr + pid)
     half = (call & 1) * half_bytes
     mine_ptr = _address(buffers_ptr, rank, half, x_ptr)
-    if pid < M:
-        for m in range(pid, M, num_programs):
-            at = m * H + offs
-            tl.store(mine_ptr + at, tl.load(x_ptr + at, mask=mask), mask=mask)
+    lane = tl.arange(0, BLOCK)
+    if pid * BLOCK < slice_elements:  # a slice is what one rank sums
+        for s in range(R):
+            for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
+                offs = start + lane
+                at = s * slice_elements + offs
+                mask = (offs < slice_elements) & (at < num_elements)
+                tl.store(mine_ptr + at, tl.load(x_ptr + at, mask=mask), mask=mask)
         _signal_and_wait(signals_ptr, call * BARRIERS + 1, rank, R, R_POW2)
-        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        for m in range(pid, M, num_programs):
-            at = m * H + offs
-            y = _sum_in_rank_order(buffers_ptr, x_ptr, half, at, mask, R, BLOCK_H).to(x_ptr.dtype.element_ty)
-            if HAS_BIAS:
-                bias = tl.load(bias_ptr + offs, mask=mask, other=0.0)
-                y = (y.to(tl.float32) + bias.to(tl.float32)).to(x_ptr.dtype.element_ty)
-            residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
-            h = (residual.to(tl.float32) + y.to(tl.float32)).to(x_ptr.dtype.element_ty)
-            tl.store(h_ptr + at, h, mask=mask)
-            h = h.to(tl.float32)
-            z = h * tl.rsqrt(tl.sum(h * h) / H + eps) * weight
-            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+        for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
+            offs = start + lane
+            at = rank * slice_elements + offs
+            mask = (offs < slice_elements) & (at < num_elements)
+            total = _sum_in_rank_order(buffers_ptr, x_ptr, half, at, mask, R, BLOCK)
+            # In place: of this rank's buffer nobody else reads this slice before the next barrier.
+            tl.store(mine_ptr + at, total.to(x_ptr.dtype.element_ty), mask=mask)
+        _signal_and_wait(signals_ptr, call * BARRIERS + 2, rank, R, R_POW2)
+        for s in range(R):
+            owner_ptr = _address(buffers_ptr, s, half, x_ptr)
+            for start in range(pid * BLOCK, slice_elements, num_programs * BLOCK):
+                offs = start + lane
+                at = s * slice_elements + offs
+                mask = (offs < slice_elements) & (at < num_elements)
+                tl.store(y_ptr + at, tl.load(owner_ptr + at, mask=mask, cache_modifier=".cg"), mask=mask)
     tl.store(calls_ptr + pid, call + 1)
 
 
-def launch_all_reduce(
-    x: torch.Tensor, y: torch.Tensor, peers: Peers, slice_elements: int, two_shot: bool, programs: int, block: int
-) -> None:
+@triton.jit
+def _all_reduce_rms_norm_kernel(
+    x_ptr, x_bias_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr,
+    buffers_ptr, signals_ptr, calls_ptr, M, half_bytes, rank, eps, residual_multiplier,
+    N: tl.constexpr, UNIT_OFFSET: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr, R_POW2: tl.constexpr,
+    BARRIERS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        prefetch_row(weight_ptr, N, BLOCK_N)
+        prefetch_row(post_weight_ptr, N, BLOCK_N)
+        prefetch_row(x_bias_ptr, N, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+    pid, num_programs = tl.program_id(0), tl.num_programs(0)
+    call = tl.load(calls_ptr + pid)
+    half = (call & 1) * half_bytes
+    mine_ptr = _address(buffers_ptr, rank, half, x_ptr)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    if pid < M:
+        for m in range(pid, M, num_programs):
+            tl.store(mine_ptr + m * N + offs_n, tl.load(x_ptr + m * N + offs_n, mask=mask), mask=mask)
+        _signal_and_wait(signals_ptr, call * BARRIERS + 1, rank, R, R_POW2)
+        for m in range(pid, M, num_programs):
+            at = m * N + offs_n
+            x = _sum_in_rank_order(buffers_ptr, x_ptr, half, at, mask, R, BLOCK_N)
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # as the sum alone is rounded
+            store_added_and_normed(
+                x[None, :], at[None, :], mask[None, :], offs_n,
+                x_bias_ptr, residual_ptr, post_weight_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, eps, residual_multiplier,
+                N, UNIT_OFFSET, CENTERED,
+            )  # fmt: skip
+    tl.store(calls_ptr + pid, call + 1)
+
+
+def launch_one_shot(x: torch.Tensor, y: torch.Tensor, peers: Peers, chunk: int, programs: int, block: int) -> None:
     """y = sum over ranks of x; both contiguous, not empty."""
-    _all_reduce_kernel[(programs,)](
-        x,
-        y,
-        peers.buffers,
-        peers.signals,
-        peers.calls,
-        x.numel(),
-        slice_elements,
-        peers.half_bytes,
-        peers.rank,
-        R=peers.size,
-        R_POW2=triton.next_power_of_2(peers.size),
-        TWO_SHOT=two_shot,
-        BARRIERS=_BARRIERS,
-        BLOCK=block,
-        PDL=has_pdl(),
-        num_warps=4,
-        **launch_options(),
-    )
+    _launch_sum(_all_reduce_one_shot_kernel, x, y, peers, chunk, programs, block)
+
+
+def launch_two_shot(
+    x: torch.Tensor, y: torch.Tensor, peers: Peers, slice_elements: int, programs: int, block: int
+) -> None:
+    """y = sum over ranks of x; both contiguous, not empty. Of R slices the last may be short."""
+    _launch_sum(_all_reduce_two_shot_kernel, x, y, peers, slice_elements, programs, block)
+
+
+def _launch_sum(kernel, x: torch.Tensor, y: torch.Tensor, peers: Peers, elements: int, programs: int, block: int):
+    kernel[(programs,)](
+        x, y, peers.buffers, peers.signals, peers.calls, x.numel(), elements, peers.half_bytes, peers.rank,
+        R=peers.size, R_POW2=triton.next_power_of_2(peers.size), BARRIERS=_BARRIERS, BLOCK=block, PDL=has_pdl(),
+        num_warps=4, **launch_options(),
+    )  # fmt: skip
 
 
 def launch_all_reduce_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    z: torch.Tensor,
-    h: torch.Tensor,
-    eps: float,
-    peers: Peers,
-    programs: int,
+    x: torch.Tensor, then: AddNorm, y: torch.Tensor, h: torch.Tensor, peers: Peers, programs: int
 ) -> None:
-    """z and h of `all_reduce_rms_norm`; all contiguous, not empty."""
-    features = x.shape[-1]
-    block = triton.next_power_of_2(features)
+    """y and h of `all_reduce_rms_norm`; x, y and h contiguous, not empty."""
+    n = x.shape[-1]
+    block_n = triton.next_power_of_2(n)
     _all_reduce_rms_norm_kernel[(programs,)](
-        x,
-        residual,
-        x if bias is None else bias,
-        weight,
-        z,
-        h,
-        peers.buffers,
-        peers.signals,
-        peers.calls,
-        x.numel() // features,
-        features,
-        eps,
-        peers.half_bytes,
-        peers.rank,
-        R=peers.size,
-        R_POW2=triton.next_power_of_2(peers.size),
-        HAS_BIAS=bias is not None,
-        BARRIERS=_BARRIERS,
-        BLOCK_H=block,
-        PDL=has_pdl(),
-        num_warps=min(16, max(4, block // 1024)),
-        **launch_options(),
-    )
+        x, then.x_bias, then.residual.contiguous(), then.post_weight, then.weight, then.bias, h, y,
+        peers.buffers, peers.signals, peers.calls, x.numel() // n, peers.half_bytes, peers.rank,
+        then.eps, then.residual_multiplier, N=n, UNIT_OFFSET=then.unit_offset,
+        CENTERED=then.centered or then.bias is not None, R=peers.size, R_POW2=triton.next_power_of_2(peers.size),
+        BARRIERS=_BARRIERS, BLOCK_N=block_n, PDL=has_pdl(), num_warps=warps_for(block_n), **launch_options(),
+    )  # fmt: skip

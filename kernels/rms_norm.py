@@ -137,13 +137,17 @@ class AddNorm(NamedTuple):
     post_weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     centered: bool = False
+    x_bias: torch.Tensor | None = None
 
-    def of(self, x: torch.Tensor, x_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y, h) for x [..., N]."""
-        return rms_norm(x, *self, x_bias)
+    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, h) for the sum x [..., N]."""
+        return rms_norm(x, *self)
+
+    def with_x_bias(self, x_bias: torch.Tensor | None) -> AddNorm:
+        return self if x_bias is None else AddNorm(*self[:-1], x_bias)
 
 
-def _check(
+def check(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -153,6 +157,7 @@ def _check(
     centered: bool,
     x_bias: torch.Tensor | None,
 ) -> None:
+    """ValueError for what does not fit, or nothing to do; arguments as of `rms_norm`."""
     if residual is None and (weight is None or post_weight is not None or x_bias is not None):
         raise ValueError("without a residual there is one norm: pass its weight, no post_weight and no x_bias")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
@@ -179,7 +184,7 @@ def _op(
     x, weight, eps,
     residual=None, unit_offset=False, residual_multiplier=1.0, post_weight=None, bias=None, centered=False, x_bias=None,
 ):  # fmt: skip
-    _check(x, weight, residual, unit_offset, post_weight, bias, centered, x_bias)
+    check(x, weight, residual, unit_offset, post_weight, bias, centered, x_bias)
     options = (eps, residual, unit_offset, residual_multiplier, post_weight, bias, centered, x_bias)
     if not x.is_cuda or not fits(x.shape[-1]):
         return _run_ref(x, weight, *options)

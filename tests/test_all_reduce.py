@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import assert_as_exact_as
 from gloo_ranks import run_gloo
 from interpreted import interpreted
 
 import tp_runtime
 from tp_runtime import peer_memory
 from tp_runtime.kernels import all_reduce as compiled
+from tp_runtime.kernels.rms_norm import AddNorm
 from tp_runtime.peer_memory import PeerKernels
 
-all_reduce = interpreted("all_reduce")
+all_reduce, rms_norm = interpreted("all_reduce"), interpreted("rms_norm_kernel")
 ROOT = Path(__file__).resolve().parent.parent
 HALF_BYTES = 4096
 EPS = 1e-5
@@ -33,33 +33,52 @@ def sixty_calls(comm):
     return hundreds_of_calls(comm, 60)
 
 
+def form(draw: random.Random, rows: int, n: int, dtype: torch.dtype) -> AddNorm:
+    """A norm as some family has it, h alone, or biases."""
+    torch.manual_seed(draw.randrange(1000))
+    x_bias, *vectors = (torch.randn(n).to(dtype) for _ in range(4))
+    weight, post_weight, bias = vectors
+    options = draw.choice(
+        [
+            {"weight": weight},
+            {"weight": weight, "residual_multiplier": 0.22},
+            {"weight": weight, "post_weight": post_weight, "unit_offset": True},
+            {"weight": None, "post_weight": post_weight},
+            {"weight": weight, "bias": bias},
+            {"weight": weight, "centered": True},
+        ]
+    )
+    residual = torch.randn(rows, n).to(dtype)
+    return AddNorm(eps=EPS, residual=residual, **options, x_bias=draw.choice([None, x_bias]))
+
+
 def hundreds_of_calls(comm, count: int = 200):
-    """Kinds, sizes and dtypes at random, ranks delayed at random; returns what differed from the reference."""
+    """Kinds, sizes and dtypes at random, ranks delayed at random; returns what differed from the reference.
+
+    Of a sum that is normed, each rank decides for itself whether in one launch or in two.
+    """
     all_reduce.PROGRAMS, all_reduce.BLOCK = 2, 64
     buffers = buffers_of(comm)
     peers = all_reduce.peers_over(buffers, comm.rank)
     comm.barrier()
     late, shared = random.Random(comm.rank), random.Random(0)
-    wrong, ours, torchs, exact = [], [], [], []
+    wrong = []
     for call in range(count):
         kind, dtype = shared.choice(KINDS), shared.choice([torch.float32, torch.float16])
         rows, features = shared.choice([(1, 1), (1, 70), (3, 33), (1, 200)])
         torch.manual_seed(call)
         parts = [torch.randn(rows, features).to(dtype) for _ in range(comm.size)]
-        residual, weight, bias = torch.randn(rows, features).to(dtype), torch.rand(features).to(dtype), None
-        if shared.random() < 0.5:
-            bias = torch.randn(features).to(dtype)
+        then = form(shared, rows, features, dtype)
         if late.random() < 0.05:
             time.sleep(late.random() * 0.01)
         x = parts[comm.rank].clone()
         if kind == "rms_norm":
-            z, h = all_reduce.all_reduce_rms_norm(x, residual, weight, EPS, peers, bias)
-            want_z, want_h = all_reduce.all_reduce_rms_norm_ref(parts, residual, weight, EPS, bias)
-            ok = torch.equal(h, want_h)
-            wide = want_h.double()
-            ours.append((dtype, z))
-            torchs.append(torch.rms_norm(want_h, weight.shape, weight, EPS))
-            exact.append(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight.double())
+            if late.random() < 0.5:
+                got = all_reduce.all_reduce_rms_norm(x, peers, then)
+            else:
+                got = rms_norm.run(all_reduce.all_reduce(x, peers, chunk=features), *then)
+            want = rms_norm.run(all_reduce.all_reduce_ref(parts), *then)
+            ok = torch.equal(got[0], want[0]) and torch.equal(got[-1], want[-1])
         else:
             out = torch.full_like(x, float("nan"))
             all_reduce.all_reduce(x, peers, kind == "two-shot", out)
@@ -67,12 +86,6 @@ def hundreds_of_calls(comm, count: int = 200):
         if not ok:
             wrong.append((call, kind, str(dtype), rows, features))
     comm.barrier()
-    for dtype in (torch.float32, torch.float16):  # of all calls together: of few elements torch may have none wrong
-        chosen = [i for i, (of, _) in enumerate(ours) if of == dtype]
-        z, torch_z, want = (
-            torch.cat([values[i].flatten() for i in chosen]) for values in ([z for _, z in ours], torchs, exact)
-        )
-        assert_as_exact_as(z, torch_z, want)
     return wrong + in_pieces(comm), int(peers.calls.min()), int(peers.calls.max())
 
 
@@ -80,15 +93,16 @@ def in_pieces(comm) -> list[tuple]:
     """`PeerKernels`: messages for one shot, for two, and for several times the buffers; returns what went wrong."""
     shots = []
 
-    def counted(x, peers, two_shot, out):
-        shots.append((len(x), two_shot))
-        return all_reduce.all_reduce(x, peers, two_shot, out)
+    def counted(x, peers, two_shot=False, out=None, chunk=None):
+        shots.append((x.numel(), two_shot, chunk))
+        return all_reduce.all_reduce(x, peers, two_shot, out, chunk)
 
     peer_memory.all_reduce, peer_memory.peers_over = counted, all_reduce.peers_over
     PeerKernels._TWO_SHOT_BYTES = 512
     kernels, wrong = PeerKernels(buffers_of(comm, 1024), comm.rank), []
     comm.barrier()
-    want = {70: [(70, False)], 200: [(200, True)], 600: [(256, True), (256, True), (88, False)]}
+    of_600 = [(256, True, None), (256, True, None), (88, False, None)]
+    want = {70: [(70, False, 35)], 200: [(200, True, None)], 600: of_600}
     for count in want:
         x = (torch.arange(count) + comm.rank).float().view(2, -1)
         total = comm.size * torch.arange(count).view(2, -1) + sum(range(comm.size))
@@ -102,7 +116,8 @@ def in_pieces(comm) -> list[tuple]:
     [(2, 200), (3, 60), (4, 60), (8, 60), *(pytest.param(size, 200, marks=pytest.mark.slow) for size in (3, 4, 8))],
 )
 def test_hundreds_of_calls_with_late_ranks(size, calls):
-    """Catches a part read too early or overwritten too early, a lost signal, a sum in another order."""
+    """Catches a part read too early or overwritten too early, a lost signal, a sum in another order; a norm that has
+    other bits, or waits for other programs, than where it is a launch of its own."""
     for wrong, least, most in run_gloo({60: sixty_calls, 200: hundreds_of_calls}[calls], size):
         assert wrong == [] and least == most == calls
 
@@ -135,7 +150,7 @@ def test_in_place_and_empty():
     want = x.clone()
     assert all_reduce.all_reduce(x, peers, out=x) is x and torch.equal(x, want)
     assert all_reduce.all_reduce(x[:0], peers).shape == (0, 45) and int(peers.calls[0]) == 1
-    z, h = all_reduce.all_reduce_rms_norm(x[:0], x[:0], torch.ones(45), 1e-5, peers)
+    z, h = all_reduce.all_reduce_rms_norm(x[:0], peers, AddNorm(torch.ones(45), EPS, x[:0]))
     assert z.shape == h.shape == (0, 45)
 
 
@@ -176,6 +191,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"x has 8192 bytes, the peers' buffers hold 4096"):
         compiled.all_reduce(torch.randn(2048), peers)
     with pytest.raises(ValueError, match="residual is"):
-        compiled.all_reduce_rms_norm(x, x[:2], weight, 1e-5, peers)
-    with pytest.raises(ValueError, match="bias is"):
-        compiled.all_reduce_rms_norm(x, x, weight, 1e-5, peers, weight[:3])
+        compiled.all_reduce_rms_norm(x, peers, AddNorm(weight, EPS, x[:2]))
+    with pytest.raises(ValueError, match="x_bias is"):
+        compiled.all_reduce_rms_norm(x, peers, AddNorm(weight, EPS, x, x_bias=weight[:3]))

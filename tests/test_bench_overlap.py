@@ -19,6 +19,7 @@ from bench.overlap_rank import hidden, logged, modes
 from bench.report_overlap import COMPUTE, EXPOSED, SAVED, WIDTH, duration, overlap_table, overlap_targets, picture
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.kernels.gemm import gemm
+from tp_runtime.kernels.rms_norm import AddNorm
 
 ROOT = Path(__file__).resolve().parent.parent
 # 1088 x 256 floats a message: the smallest whose four column blocks are gloo's own, which up to 256 KiB are not.
@@ -178,8 +179,10 @@ def test_log_holds_what_was_carried_out():
     with logged(comm) as log:
         comm.all_reduce(torch.ones(3))
         comm.all_reduce_async(torch.ones(4)).wait()
+        comm.all_reduce_norm(torch.ones(2, 6), AddNorm(torch.ones(6), 1e-5, torch.ones(2, 6)))
     comm.all_reduce(torch.ones(5))
-    assert log == [("all_reduce_async", (3,), torch.float32), ("all_reduce_async", (4,), torch.float32)]
+    names = ("all_reduce_async", "all_reduce_async", "all_reduce_one_shot")
+    assert log == [(name, shape, torch.float32) for name, shape in zip(names, ((3,), (4,), (2, 6)))]
 
 
 def test_share_that_is_hidden():

@@ -287,14 +287,14 @@ def test_each_rank_alone_interpreted():
     """Catches a group whose tables or signals are not what the kernels expect; and a sum in another order."""
     kernels = interpreted("all_reduce")
     row = all_reduce.check_alone(3, "float16", "cpu", kernels, ((1, 70), (5, 33)))
-    assert row["is_ok"] and row["right"] == 4 * 2 * 3, row
+    assert row["is_ok"] and row["right"] == len(all_reduce.KINDS) * 2 * 3 == 6 * 2 * 3, row
 
     def reduce(x, peers, two_shot, out):
         return kernels.all_reduce(x, peers, two_shot, out=out).mul_(1.001)
 
     damaged = SimpleNamespace(**{**vars(kernels), "all_reduce": reduce})
     row = all_reduce.check_alone(2, "float16", "cpu", damaged, ((1, 70),))
-    assert len(row["wrong"]) == 2 * 2  # two kinds, two ranks
+    assert len(row["wrong"]) == 2 * 2 + 1  # two kinds, two ranks; and the rank that norms by itself
 
 
 def sums(size: int, fault=lambda total, rank, call: total) -> SimpleNamespace:
@@ -309,12 +309,12 @@ def sums(size: int, fault=lambda total, rank, call: total) -> SimpleNamespace:
                 out.copy_(fault(total, rank, call))
             arrived.clear()
 
-    def all_reduce_rms_norm(x, residual, weight, eps, peers, bias=None):
+    def all_reduce_rms_norm(x, peers, then):
         z, h = torch.empty_like(x), torch.empty_like(x)
         arrived.append((x, z, h))
         if len(arrived) == size:
             parts, call = [x for x, *_ in arrived], next(numbers)
-            of_all = all_reduce_kernels.all_reduce_rms_norm_ref(parts, residual, weight, eps, bias)
+            of_all = all_reduce_kernels.all_reduce_rms_norm_ref(parts, then)
             for rank, (_, z, h) in enumerate(arrived):
                 z.copy_(of_all[0]), h.copy_(fault(of_all[1], rank, call))
             arrived.clear()
@@ -328,6 +328,7 @@ def sums(size: int, fault=lambda total, rank, call: total) -> SimpleNamespace:
 def test_a_rank_that_gets_other_bits_once_is_found(call, monkeypatch):
     """Catches a comparison of one rank only, of the last call only, or one that allows a rounding."""
     monkeypatch.setattr(all_reduce, "SHAPES_TOGETHER", ((1, 70), (5, 33)))
+    monkeypatch.setattr(all_reduce, "KINDS", all_reduce.KINDS[:4])
     assert all_reduce.check_together(3, "float16", "cpu", sums(3), num_calls=8)["is_ok"]
 
     def fault(total, rank, number):

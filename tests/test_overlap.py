@@ -1,15 +1,18 @@
 """Every schedule gives the sequential result; the choice between them is measured, once, and the same on every rank."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import run_gloo
+from interpreted import interpreted
 from tiny_models import TOLERANCE, answers, one_thread, prompt, reference  # noqa: F401
 
 import tp_runtime
 from tp_runtime import overlap as overlap_module
+from tp_runtime import peer_memory
 from tp_runtime.comm import communicator
 from tp_runtime.communicator import NullCommunicator
 from tp_runtime.config import RuntimeConfig
@@ -119,9 +122,68 @@ def choosing(comm) -> dict:
     return {**got, "measured": dict(overlap.measured), "chosen": overlap.report()["chosen"]}
 
 
+# Of norms and of blocks, one of each kind.
+FOLLOWED = ("gemma2-9/3", "starcoder2-9/3", "cohere-9/3", "mixtral-14/2")
+
+
+def by_kernels(comm) -> dict[str, tuple]:
+    """Models whose sums are those of the kernels between GPUs, interpreted: logits, then with a hook on rank 0; and
+    what was launched, sums with a norm and sums alone."""
+    kernels, launched = interpreted("all_reduce"), []
+    kernels.PROGRAMS, kernels.BLOCK = 2, 64
+
+    def recorded(name):
+        def call(*args, **options):
+            launched.append(name)
+            return getattr(kernels, name)(*args, **options)
+
+        return call
+
+    peer_memory.peers_over = kernels.peers_over
+    peer_memory.all_reduce, peer_memory.all_reduce_rms_norm = map(recorded, ("all_reduce", "all_reduce_rms_norm"))
+    comm._peers, comm._kernels = None, peer_memory.PeerKernels(comm.peer_buffers(1 << 20), comm.rank)
+    comm.one_shot_above = 0
+    comm.barrier()
+    found = {}
+    for name in FOLLOWED:
+        model = reference(name).copy()
+        tp_runtime.patch(model, comm, config=RuntimeConfig(overlap="one-shot"))
+        with torch.no_grad():
+            logits = [model(prompt(1, 3)).logits]
+            if comm.rank == 0:
+                model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+            logits.append(model(prompt(1, 3)).logits)
+        found[name] = *logits, [launched.count(kind) for kind in ("all_reduce_rms_norm", "all_reduce")]
+        launched.clear()
+    return found
+
+
+def of_three(comm) -> tuple[dict, dict]:
+    return choosing(comm), by_kernels(comm)
+
+
+@functools.cache
+def three() -> tuple[tuple[dict, ...], tuple[dict, ...]]:
+    """Every rank's `choosing`, and every rank's `by_kernels`."""
+    return tuple(zip(*run_gloo(of_three, 3)))
+
+
+def test_sums_and_norms_are_one_launch_between_gpus():
+    """Catches a sum that is not reduced, or twice, and one that has a launch of its own though nobody looks at it;
+    ranks of which one looks at it and that then wait for other programs of each other."""
+    for rank, found in enumerate(three()[1]):
+        for name, (*logits, launched) in found.items():
+            with torch.no_grad():
+                want = reference(name).copy()(prompt(1, 3)).logits
+            assert all((got - want).abs().max() <= TOLERANCE for got in logits), name
+            norms = 2 if name.startswith("cohere") else 4  # of a model that is called twice
+            watched = int(rank == 0 and not name.startswith("cohere"))  # whose parts are added before they are summed
+            assert launched == [2 * norms - watched, watched], name
+
+
 def test_processes_choose_alike():
     """Catches ranks that choose different schedules and hang, and a sum of experts that is not chosen for."""
-    whole, ranks = reference("llama-12/4"), run_gloo(choosing, 3)
+    whole, ranks = reference("llama-12/4"), three()[0]
     for rank in ranks:
         logits, tokens = rank["said"]
         assert (logits - whole.logits).abs().max() <= TOLERANCE and torch.equal(tokens, whole.tokens)

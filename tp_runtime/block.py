@@ -9,8 +9,8 @@ or both (`Adapter.norms`):
     y    = down_proj(act(gate) * up)           all-reduce; or the experts
     h, y = h + y, next_norm(h + y)             one launch; the next layer's norm, at last the model's
 
-The biases of o_proj and down_proj belong to these launches. So the launch is handed to the part that makes the sum
-(`then`), where nobody but the block sees that part's output.
+The biases of o_proj and down_proj belong to these launches, and, one-shot between GPUs, so do the all-reduces. So the
+launch is handed to the part that makes the sum (`then`), where nobody but the block sees that part's output.
 
 Where both parts read the same norm (`parallel`), one all-reduce and one launch serve both:
 

@@ -105,6 +105,12 @@ class TorchCommunicator(Communicator):
         self._announce("one-shot all_reduce", label("one-shot all_reduce", x.dtype, x.shape))
         return self._timed("all_reduce", lambda: kernels.all_reduce(x))
 
+    def all_reduce_norm(self, x, then):
+        if (kernels := self._kernels) is None or not kernels.takes_norm(x):
+            return super().all_reduce_norm(x, then)
+        self._announce("one-shot all_reduce", label("one-shot all_reduce", x.dtype, x.shape))
+        return self._timed("all_reduce", lambda: kernels.all_reduce_norm(x, then))
+
     def _through(self, peers: PeerMemory, x: torch.Tensor) -> torch.Tensor:
         what = label("all_reduce", x.dtype, x.shape)
         return self._timed("all_reduce", lambda: peers.all_reduce(x, what))

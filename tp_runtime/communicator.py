@@ -13,6 +13,7 @@ import torch
 
 from . import collective_ops
 from .heartbeat import Heartbeat
+from .kernels.rms_norm import AddNorm
 
 LABEL_BYTES = 128
 
@@ -74,6 +75,13 @@ class Communicator(ABC):
             x: contiguous.
         """
         return self.all_reduce(x)
+
+    def all_reduce_norm(self, x: torch.Tensor, then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """then.of(all_reduce_one_shot(x)): between GPUs, of small messages, one launch.
+
+        To the other ranks both are the same call.
+        """
+        return then.of(self.all_reduce_one_shot(x))
 
     def peer_buffers(self, num_bytes: int) -> list[torch.Tensor] | None:
         """Memory of every rank, in rank order, that this rank can read and write. Every rank calls it.

@@ -13,7 +13,8 @@ The program, whatever the schedule:
                  comm                [ reduce 0 ][ reduce 1 ]                     each weight is still read once
 
     one-shot     compute   [ gemm            ][ read all, sum ][ next            no cut, and less of what a collective
-                                                                                 costs whatever its size
+                                                                                 costs whatever its size; between GPUs
+                                                                                 "sum" and "what follows" are one launch
 
     lanes        compute   [ A: gemm ][ B: ... gemm ][ A: next ... gemm ][ B:    two halves of the tokens, through all
                  comm                 [ reduce A ]   [ reduce B ]                 layers: see lanes.py
@@ -34,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -239,29 +240,34 @@ def _bits(m: int) -> int:
     return max(m - 1, 1).bit_length()
 
 
-def all_reduce(
-    y: torch.Tensor, overlap: Overlap, then: AddNorm | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def all_reduce(y: torch.Tensor, overlap: Overlap, then: AddNorm | None = None):
     """Sum over ranks of y, in place, or what `then` makes of it; meanwhile the other lane computes, if there is one."""
     if overlap.lanes is not None:
         handle = overlap.comm.all_reduce_async(y)
         overlap.lanes.switch()
         handle.wait()
-    elif y.nbytes < overlap.smallest_choice():
-        overlap.comm.all_reduce(y)
-    else:
-        _sum(y, overlap.comm, overlap.sum_schedule(y))
+        return y if then is None else then.of(y)
+    schedule = SEQUENTIAL if y.nbytes < overlap.smallest_choice() else overlap.sum_schedule(y)
+    return _sum(y, overlap.comm, schedule, then)
+
+
+def _sum(y: torch.Tensor, comm: Communicator, schedule: Schedule, then: AddNorm | None = None):
+    if schedule.is_one_shot and then is not None:
+        return comm.all_reduce_norm(y, then)
+    y = comm.all_reduce_one_shot(y) if schedule.is_one_shot else comm.all_reduce(y)
     return y if then is None else then.of(y)
 
 
-def _sum(y: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
-    return comm.all_reduce_one_shot(y) if schedule.is_one_shot else comm.all_reduce(y)
-
-
-def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, schedule: Schedule) -> torch.Tensor:
-    """sum over ranks of x @ w.T under a schedule: [..., N], the same bits on every rank."""
+def run(
+    x_shard_k: torch.Tensor,
+    w_shard_k: torch.Tensor,
+    comm: Communicator,
+    schedule: Schedule,
+    then: AddNorm | None = None,
+):
+    """sum over ranks of x @ w.T under a schedule: [..., N], or what `then` makes of it; the same bits on every rank."""
     if schedule.blocks == 1:
-        return _sum(gemm(x_shard_k, w_shard_k), comm, schedule)
+        return _sum(gemm(x_shard_k, w_shard_k), comm, schedule, then)
     blocks = []
     with room_for_collectives(comm):
         for w_block in w_shard_k.chunk(schedule.blocks):
@@ -269,7 +275,8 @@ def run(x_shard_k: torch.Tensor, w_shard_k: torch.Tensor, comm: Communicator, sc
             blocks.append((y_block, comm.all_reduce_async(y_block)))
     for _, handle in blocks:
         handle.wait()
-    return torch.cat([y_block for y_block, _ in blocks], dim=-1)
+    y = torch.cat([y_block for y_block, _ in blocks], dim=-1)
+    return y if then is None else then.of(y)
 
 
 @contextlib.contextmanager
@@ -297,7 +304,7 @@ def row_parallel(
     in_features: int,
     few: int = 0,
     then: AddNorm | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+):
     """sum over ranks of x_shard_k @ w_shard_k.T, plus bias once.
 
     Args:
@@ -311,12 +318,11 @@ def row_parallel(
     Returns:
         [..., N], or what `then` makes of it; the same bits on every rank.
     """
+    then = None if then is None else then.with_x_bias(bias)
     if overlap.lanes is not None:
-        y: Any = all_reduce(gemm(x_shard_k, w_shard_k), overlap)
-    elif x_shard_k.numel() < few:
-        y = overlap.comm.all_reduce(gemm(x_shard_k, w_shard_k))
+        y = all_reduce(gemm(x_shard_k, w_shard_k), overlap, then)
     else:
-        y = run(x_shard_k, w_shard_k, overlap.comm, overlap.schedule(x_shard_k, w_shard_k, in_features))
-    if then is not None:
-        return then.of(y, bias)
-    return y if bias is None else y.add_(bias)
+        is_small = x_shard_k.numel() < few
+        schedule = SEQUENTIAL if is_small else overlap.schedule(x_shard_k, w_shard_k, in_features)
+        y = run(x_shard_k, w_shard_k, overlap.comm, schedule, then)
+    return y if bias is None or then is not None else y.add_(bias)

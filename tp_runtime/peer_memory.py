@@ -39,7 +39,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .communicator import LABEL_BYTES, check_labels, sum_in_rank_order
-from .kernels.all_reduce import Peers, all_reduce, peers_over
+from .kernels.all_reduce import Peers, all_reduce, all_reduce_rms_norm, peers_over
+from .kernels.rms_norm import AddNorm, fits
 
 SLOT_BYTES = 256 << 10  # what goes through at once
 _LINE_BYTES = 64  # a cache line for each rank's count
@@ -178,8 +179,18 @@ class PeerKernels:
         """Whether x is of a dtype that the kernels sum."""
         return x.dtype in self._DTYPES
 
+    def takes_norm(self, x: torch.Tensor) -> bool:
+        """Whether the sum of x, in one shot, and what follows it are one launch."""
+        return self.takes(x) and x.nbytes < self._TWO_SHOT_BYTES and fits(x.shape[-1])
+
+    def all_reduce_norm(self, x: torch.Tensor, then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """then.of(sum over ranks of x) for a contiguous x."""
+        return all_reduce_rms_norm(x, self._peers, then)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks of a contiguous x, in place, as much as the buffers hold at a time; returns it."""
+        if self.takes_norm(x):  # as other ranks may
+            return all_reduce(x, self._peers, out=x, chunk=x.shape[-1])
         for piece in x.view(-1).split(self._peers.half_bytes // x.itemsize):
             all_reduce(piece, self._peers, two_shot=piece.nbytes >= self._TWO_SHOT_BYTES, out=piece)
         return x

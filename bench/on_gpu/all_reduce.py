@@ -22,17 +22,19 @@ from typing import Any
 import torch
 
 from bench.gpu_section import Options, Row
-from bench.on_gpu.calls import inexact
+from bench.on_gpu.calls import doubled, inexact
 from bench.on_gpu.cases import DTYPES, Faults
 from bench.on_gpu.races import release, synchronize
 from bench.record import spread
 from bench.timing import REPEATS, time_us
 from tp_runtime.kernels import all_reduce
+from tp_runtime.kernels.rms_norm import AddNorm, rmsnorm_ref
 
 EPS = 1e-5
 HALF_BYTES = 1 << 20
 ARRIVED = 2**30  # a barrier's number that no test comes to: whoever waits for less goes on
-KINDS = ("one-shot", "two-shot", "rms_norm", "rms_norm, bias")
+# Of the last, every other rank norms by a launch of its own: to its peers that is the same call.
+KINDS = ("one-shot", "two-shot", "rms_norm", "rms_norm, bias", "rms_norm, post-norm", "rms_norm, not all ranks")
 SIZES = (1, 2, 3, 4, 8)
 SHAPES = ((1, 4096), (1, 70), (5, 1000), (33, 8192))  # tokens, H
 # Where ranks wait for each other H is such that all programs, and those of the next calls, are on one GPU at once.
@@ -117,8 +119,9 @@ class Message:
         options = {"dtype": dtype, "device": device}
         self.kind = kind
         self.parts = [torch.randn(shape, **options) for _ in range(size)]
-        self.residual, self.weight = torch.randn(shape, **options), torch.rand(shape[1], **options)
-        self.bias = torch.randn(shape[1], **options) if "bias" in kind else None
+        added = {"bias": "x_bias", "post-norm": "post_weight"}
+        vectors = {name: torch.randn(shape[1], **options) for word, name in added.items() if word in kind}
+        self.then = AddNorm(torch.rand(shape[1], **options), EPS, torch.randn(shape, **options), **vectors)
         self.results: list[list[torch.Tensor]] = [[torch.empty_like(part)] for part in self.parts]
 
     @property
@@ -129,8 +132,10 @@ class Message:
         x = self.parts[peers.rank]
         if self.is_fused:
             self.results[peers.rank] = []  # their memory serves again: a first allocation might wait for the device
-            fused = kernels.all_reduce_rms_norm(x, self.residual, self.weight, EPS, peers, self.bias)
-            self.results[peers.rank] = [*fused]
+            if "not all" in self.kind and peers.rank % 2:
+                self.results[peers.rank] = [*self.then.of(kernels.all_reduce(x, peers, chunk=x.shape[-1]))]
+            else:
+                self.results[peers.rank] = [*kernels.all_reduce_rms_norm(x, peers, self.then)]
         else:
             kernels.all_reduce(x, peers, self.kind == "two-shot", out=self.results[peers.rank][0])
 
@@ -144,12 +149,11 @@ class Message:
             want = all_reduce.all_reduce_ref(self.parts) if total is None else total
             return "" if torch.equal(self.results[rank][0], want) else "is not the sum in rank order"
         z, h = self.results[rank]
-        want_z, want_h = all_reduce.all_reduce_rms_norm_ref(self.parts, self.residual, self.weight, EPS, self.bias)
-        if not torch.equal(h, want_h):
+        want = all_reduce.all_reduce_rms_norm_ref(self.parts, self.then)
+        if self.then.post_weight is None and not torch.equal(h, want[1]):
             return "h has other bits than the separate ops give"
-        wide = h.double()
-        exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * self.weight.double()
-        return inexact([z], [exact], [want_z], {"max_ratio": 0.0, "rms_ratio": 0.0})
+        exact = rmsnorm_ref(*doubled([all_reduce.all_reduce_ref(self.parts), *self.then]))
+        return inexact([z, h], exact, want, {"max_ratio": 0.0, "rms_ratio": 0.0})
 
 
 def exact(options: Options, device: str = "cuda", kernels: ModuleType = all_reduce, sizes=SIZES) -> Iterator[Row]:
