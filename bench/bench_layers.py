@@ -87,7 +87,7 @@ def test_linear(benchmark, shape, dtype, num_tokens, side):
 def test_embedding(benchmark, shape, num_tokens, side):
     benchmark.group = f"{shape}, float32, M={num_tokens}"
     rows, hidden = EMBEDDINGS[shape]
-    layer = VocabParallelEmbedding((rows, 2 * rows), 8 * rows, hidden, torch.empty(0), NullCommunicator(1, 8))
+    layer = VocabParallelEmbedding((rows, 2 * rows), 8 * rows, hidden, torch.empty(0), Overlap(NullCommunicator(1, 8)))
     local = layer.rows().uniform_()
     everywhere = torch.arange(0, 8 * rows, rows // 2).unsqueeze(0)  # tokens of all ranks, two of them ours
     ours = (everywhere >= rows) & (everywhere < 2 * rows)

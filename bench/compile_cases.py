@@ -214,6 +214,7 @@ def _all_reduce_cases(arch: int) -> Iterator[Case]:
         "rms_norm": of(weight, 1e-5, x),
         "post-norm": of(weight, 1e-5, x, True, 1.0, weight),
         "x_bias, layer norm": of(weight, 1e-5, x, bias=weight, x_bias=weight),
+        "no residual": of(weight, 1e-5),
     }
     launches |= {name: functools.partial(kernels.all_reduce_rms_norm, x, peers, then) for name, then in follow.items()}
     for name, launch in launches.items():

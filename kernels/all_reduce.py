@@ -91,8 +91,7 @@ def all_reduce_ref(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def all_reduce_rms_norm_ref(parts: list[torch.Tensor], then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """(z, h): the unfused sequence."""
-    z, h = rmsnorm_ref(all_reduce_ref(parts), *then)
-    return z, h
+    return then.of(all_reduce_ref(parts), rmsnorm_ref)
 
 
 def _check(x: torch.Tensor, peers: Peers) -> None:

@@ -177,8 +177,9 @@ def launch_all_reduce_rms_norm(
     """y and h of `all_reduce_rms_norm`; x, y and h contiguous, not empty."""
     n = x.shape[-1]
     block_n = triton.next_power_of_2(n)
+    residual = None if then.residual is None else then.residual.contiguous()
     _all_reduce_rms_norm_kernel[(programs,)](
-        x, then.x_bias, then.residual.contiguous(), then.post_weight, then.weight, then.bias, h, y,
+        x, then.x_bias, residual, then.post_weight, then.weight, then.bias, h, y,
         peers.buffers, peers.signals, peers.calls, x.numel() // n, peers.half_bytes, peers.rank,
         then.eps, then.residual_multiplier, N=n, UNIT_OFFSET=then.unit_offset,
         CENTERED=then.centered or then.bias is not None, R=peers.size, R_POW2=triton.next_power_of_2(peers.size),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -127,11 +128,14 @@ def _unpacked(outputs: list[torch.Tensor], residual: torch.Tensor | None):
 
 
 class AddNorm(NamedTuple):
-    """What a decoder block does with a sum over ranks, to be handed to who makes the sum: `rms_norm`'s arguments."""
+    """What a decoder block does with a sum over ranks, to be handed to who makes the sum: `rms_norm`'s arguments.
+
+    Without a residual, as behind the embedding, h is residual_multiplier * x.
+    """
 
     weight: torch.Tensor | None
     eps: float
-    residual: torch.Tensor
+    residual: torch.Tensor | None = None
     unit_offset: bool = False
     residual_multiplier: float = 1.0
     post_weight: torch.Tensor | None = None
@@ -139,9 +143,12 @@ class AddNorm(NamedTuple):
     centered: bool = False
     x_bias: torch.Tensor | None = None
 
-    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, x: torch.Tensor, norm: Callable = rms_norm) -> tuple[torch.Tensor, torch.Tensor]:
         """(y, h) for the sum x [..., N]."""
-        return rms_norm(x, *self)
+        if self.residual is not None:
+            return norm(x, *self)
+        h = x if self.residual_multiplier == 1 else x * self.residual_multiplier
+        return norm(h, *self), h
 
     def with_x_bias(self, x_bias: torch.Tensor | None) -> AddNorm:
         return self if x_bias is None else AddNorm(*self[:-1], x_bias)

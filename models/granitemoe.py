@@ -6,7 +6,7 @@ ADAPTER = Adapter(
     model_type="granitemoe",
     weights=(EMBEDDING, *ATTENTION, *experts("block_sparse_moe", "router"), *HEAD),
     defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
-    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "scaled_embedding": True},
     feed_forward="block_sparse_moe",
     routing=Routing("softmax_top_k", router="router"),
     residual_multiplier="residual_multiplier",

@@ -20,7 +20,7 @@ import tp_runtime
 from tp_runtime import attention, block
 from tp_runtime.cache import KVCache
 from tp_runtime.comm import NullCommunicator
-from tp_runtime.models.adapter import adapter_for
+from tp_runtime.models.adapter import FAMILIES, adapter_for
 from tp_runtime.patching import patch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,6 +267,30 @@ def test_what_is_left_is_released(monkeypatch):
     handle.remove()
     assert len(left) == 2 * 4 and not any(tensor() is not None for tensor in left)
     assert_close(logits_of(model), reference("llama-12/4").logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_embeddings_sum_is_normed_for_who_takes_it(family, monkeypatch):
+    """Catches a first norm that has a launch of its own where the embedding's sum could take it, and one for nobody:
+    of what the model scales before the first layer."""
+    left, taken = [], []
+    leave, take = block.Ahead.leave, block.Ahead.take
+
+    def recorded(ahead, norm, h):
+        y = take(ahead, norm, h)
+        taken.extend([norm] if y is not None else [])
+        return y
+
+    monkeypatch.setattr(block.Ahead, "leave", lambda ahead, norm, *hy: left.append(norm) or leave(ahead, norm, *hy))
+    monkeypatch.setattr(block.Ahead, "take", recorded)
+    comm = NullCommunicator(0, 2)
+    comm.fuses_norm = True
+    model = tiny(family, (12, 4))
+    tp_runtime.patch(model, comm)
+    logits_of(model)
+    norms = [layer.input_layernorm for layer in model.model.layers] if adapter_for(family).norms[0] else []
+    is_scaled = family.startswith("granite")
+    assert left == taken == [*norms[is_scaled:], model.model.norm]
 
 
 def test_a_forward_that_is_a_layers_own_stays():

@@ -148,7 +148,7 @@ LAYERS = {
 def embedding(comm, ids: torch.Tensor, dtype: torch.dtype = torch.float32, vocab_size: int = V) -> torch.Tensor:
     table = rand(13, vocab_size, H, dtype=dtype)
     a, b = part(comm, vocab_size)
-    layer = VocabParallelEmbedding((a, b), vocab_size, H, table, comm)
+    layer = VocabParallelEmbedding((a, b), vocab_size, H, table, Overlap(comm))
     layer.weight.data.fill_(math.nan)  # what memory may hold that was only allocated
     layer.zero_other_rows()
     fill(layer, "embed_tokens", embed_tokens__weight=table[a:b])
@@ -280,7 +280,7 @@ def test_layers_show_their_local_shapes():
     shown = {
         QKVParallelLinear(q_k_v, H, True, like): "out_features_local=8 (q_proj 4 + k_proj 2 + v_proj 2), bias=True",
         RowParallelLinear(21, 7, N, False, like, Overlap(comm)): f"in_features_local=7, out_features={N}, bias=False",
-        VocabParallelEmbedding((4, 8), V, H, like, comm): f"vocab=[4, 8) of {V}, hidden_size={H}",
+        VocabParallelEmbedding((4, 8), V, H, like, Overlap(comm)): f"vocab=[4, 8) of {V}, hidden_size={H}",
         ParallelLMHead(cut(V, 3, 4), H, like, comm): f"in_features={H}, vocab=[8, 12) of {V}",
         ParallelExperts(E, 5, H, "silu", like, Overlap(comm)): f"num_experts={E}, hidden_size={H}, width_local=5",
     }

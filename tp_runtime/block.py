@@ -10,7 +10,8 @@ or both (`Adapter.norms`):
     h, y = h + y, next_norm(h + y)             one launch; the next layer's norm, at last the model's
 
 The biases of o_proj and down_proj belong to these launches, and, one-shot between GPUs, so do the all-reduces. So the
-launch is handed to the part that makes the sum (`then`), where nobody but the block sees that part's output.
+launch is handed to the part that makes the sum (`then`), where nobody but the block sees that part's output. The
+embedding's all-reduce then takes the first layer's norm.
 
 Where both parts read the same norm (`parallel`), one all-reduce and one launch serve both:
 
@@ -37,7 +38,13 @@ from torch import nn
 from torch.nn.modules import module as of_all_modules
 
 from .kernels.rms_norm import AddNorm
-from .layers import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear, summed
+from .layers import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    summed,
+)
 from .model_config import FUSED_ACTIVATIONS
 from .models.adapter import Adapter
 from .overlap import Overlap, all_reduce
@@ -75,6 +82,28 @@ class Ahead:
         return left[2] if left is not None and left[1] is h and left[0] is norm else None
 
 
+class FirstNorm:
+    """`forward` of the embedding, whose sum over ranks and the first layer's norm are one launch where that can be."""
+
+    def __init__(self, embedding: VocabParallelEmbedding, first: nn.Module, norm: nn.Module, ahead: Ahead):
+        self._embedding, self._first, self._norm, self._ahead = embedding, first, norm, ahead
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embedding, norm = self._embedding, self._norm
+        if (
+            not (embedding.fuses_norm() and self._ahead.is_open)
+            or self._first._forward_pre_hooks
+            or is_watched(embedding)
+            or is_watched(norm)
+        ):
+            return VocabParallelEmbedding.forward(embedding, ids)
+        p, is_unit_offset, is_centered = norm._parameters, *kind_of(norm)
+        then = AddNorm(p["weight"], norm.eps, None, is_unit_offset, embedding.scale, None, p.get("bias"), is_centered)
+        y, h = VocabParallelEmbedding.forward(embedding, ids, then)
+        self._ahead.leave(norm, h, y)
+        return h
+
+
 class LastNorm:
     """`forward` of the norm behind the last layer."""
 
@@ -104,6 +133,11 @@ def is_watched(module: nn.Module) -> bool:
         or of_all_modules._global_forward_hooks
         or of_all_modules._global_forward_pre_hooks
     )
+
+
+def kind_of(norm: nn.Module) -> tuple[bool, bool]:
+    """Whether its factors are 1 + weight; whether it is centered, of which torch's layer norm says nothing."""
+    return getattr(norm, "unit_offset", False), getattr(norm, "centered", False)
 
 
 def is_seen(part: Callable) -> bool:
@@ -146,8 +180,7 @@ class DecoderBlock:
         self._norm_ahead = last_norm if following is None else following._modules.get(names[0])
         self._scale = float(getattr(layer, adapter.residual_multiplier)) if adapter.residual_multiplier else 1.0
         self._eps = last_norm.eps
-        self._is_unit_offset = getattr(last_norm, "unit_offset", False)  # torch's layer norm says nothing
-        self._is_centered = getattr(last_norm, "centered", False)
+        self._is_unit_offset, self._is_centered = kind_of(last_norm)
         self._is_parallel, self._overlap = adapter.flag("parallel", {}), overlap
         self._untold = ("position_ids",) if adapter.flag("untold_positions", {}) else ()
         self._argument_names = list(inspect.signature(layer.forward).parameters)[1:]

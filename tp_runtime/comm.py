@@ -187,7 +187,7 @@ class TorchCommunicator(Communicator):
         self._has_tried_kernels = True
         if buffers := self.peer_buffers(PeerKernels.BUFFER_BYTES):
             self._kernels = PeerKernels(buffers, self.rank)
-            self.one_shot_above = 0
+            self.one_shot_above, self.fuses_norm = 0, True
             self.barrier()  # all ranks' memory is zero, and mapped by all
 
     def peer_buffers(self, num_bytes):

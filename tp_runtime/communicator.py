@@ -31,6 +31,7 @@ class Communicator(ABC):
     A kind whose ranks really meet leaves `all_reduce` and `all_gather` to `collective_ops` while dynamo traces them.
 
     Attributes:
+        fuses_norm: whether `all_reduce_norm` is one launch, of small messages; the same on every rank.
         one_shot_above: message bytes above which `all_reduce_one_shot` is another way than `all_reduce`; None: of none.
         collective_sms: multiprocessors of a GPU that `all_reduce_async` takes beside what is computed meanwhile.
 
@@ -40,6 +41,7 @@ class Communicator(ABC):
             size, so that another later on is a hang, which the timeout ends.
     """
 
+    fuses_norm = False
     one_shot_above: int | None = None
     collective_sms = 0
 
@@ -77,7 +79,7 @@ class Communicator(ABC):
         return self.all_reduce(x)
 
     def all_reduce_norm(self, x: torch.Tensor, then: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        """then.of(all_reduce_one_shot(x)): between GPUs, of small messages, one launch.
+        """then.of(all_reduce_one_shot(x)), where `fuses_norm` as one launch.
 
         To the other ranks both are the same call.
         """

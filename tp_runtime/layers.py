@@ -22,7 +22,7 @@ from .comm import Communicator
 from .kernels.gated_gemm import gated_gemm
 from .kernels.gemm import gemm
 from .kernels.rms_norm import AddNorm, rms_norm
-from .overlap import Overlap, few_elements, row_parallel
+from .overlap import Overlap, all_reduce, few_elements, row_parallel
 from .plan import Range
 
 
@@ -150,6 +150,7 @@ class VocabParallelEmbedding(nn.Module):
     outside the vocabulary is the IndexError that it is in `nn.Embedding`.
 
     Args:
+        overlap: how the all-reduce is scheduled, where one launch can sum and norm.
         scale: what the looked-up rows are multiplied with, rounded to the table's dtype before (Gemma).
     """
 
@@ -159,11 +160,11 @@ class VocabParallelEmbedding(nn.Module):
         vocab_size: int,
         hidden_size: int,
         like: torch.Tensor,
-        comm: Communicator,
+        overlap: Overlap,
         scale: float = 1.0,
     ):
         super().__init__()
-        self.vocab, self.vocab_size, self.comm = vocab, vocab_size, comm
+        self.vocab, self.vocab_size, self.overlap, self.comm = vocab, vocab_size, overlap, overlap.comm
         self.scale = torch.tensor(scale, dtype=like.dtype, device="cpu").item()
         start, stop = vocab
         self._before, self._after = int(start > 0), int(stop < vocab_size)
@@ -183,13 +184,19 @@ class VocabParallelEmbedding(nn.Module):
         """This rank's rows of the table, [stop - start, H], a view."""
         return self.weight.detach()[self._before : len(self.weight) - self._after]
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def fuses_norm(self) -> bool:
+        """Whether `forward` takes a `then`: the same on every rank."""
+        return self.comm.fuses_norm and self.overlap.lanes is None
+
+    def forward(self, ids: torch.Tensor, then: AddNorm | None = None):
+        """[...] -> [..., H]; or what `then`, which scales as well, makes of that."""
         if self.comm.size == 1:
             rows = F.embedding(ids, self.weight)
         else:
             local = (ids - (self.vocab[0] - self._before)).clamp_(*self._bounds)
-            rows = self.comm.all_reduce(F.embedding(local, self.weight))
-        return rows if self.scale == 1 else rows * self.scale
+            rows = F.embedding(local, self.weight)
+            rows = all_reduce(rows, self.overlap, then) if self.fuses_norm() else self.comm.all_reduce(rows)
+        return rows if self.scale == 1 or then is not None else rows * self.scale
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.rows()}

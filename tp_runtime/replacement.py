@@ -8,6 +8,7 @@ What is replaced, by attribute name, in the instance and never in a class:
     every norm but torch's     RMSNorm, UnitOffsetRMSNorm,     lm_head                ParallelLMHead
                                WideRMSNorm, LayerNorm          a router's forward     routed
     a layer's forward          DecoderBlock                    model.norm's forward   LastNorm
+    the embedding's forward    FirstNorm
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .attention import ParallelAttention, RotaryEmbedding, WideRMSNorm
-from .block import Ahead, DecoderBlock, LastNorm, ParallelMLP, UngatedMLP
+from .block import Ahead, DecoderBlock, FirstNorm, LastNorm, ParallelMLP, UngatedMLP
 from .comm import Communicator
 from .experts import ParallelExperts, ParallelMoE, routed
 from .layers import (
@@ -137,7 +138,7 @@ def _replace_embedding(model: nn.Module, state: Patch) -> None:
     old, entry = model.model.embed_tokens, state.plan.parameter("model.embed_tokens.weight")
     vocab_size, hidden_size = entry.shape
     vocab, scale = entry.ranges[state.comm.rank][0], getattr(old, "scalar_embed_scale", 1.0)
-    new = VocabParallelEmbedding(vocab, vocab_size, hidden_size, old.weight, state.comm, scale)
+    new = VocabParallelEmbedding(vocab, vocab_size, hidden_size, old.weight, state.overlap, scale)
     state.swap(model, "model.embed_tokens", _fill("model.embed_tokens", new, state))
     state.swap(model, "model.rotary_emb", RotaryEmbedding(model.model.rotary_emb, state.adapter.rope))
 
@@ -164,7 +165,11 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def _fuse_layers(model: nn.Module, state: Patch) -> None:
-    layers, norm = list(model.model.layers), model.model.norm
+    layers, norm, norm_in = list(model.model.layers), model.model.norm, state.adapter.norms[0]
+    if layers and norm_in and not _has_own_forward(layers[0]) and not state.adapter.flag("scaled_embedding", {}):
+        embedding, first_norm = model.model.embed_tokens, layers[0]._modules[norm_in]
+        first = FirstNorm(embedding, layers[0], first_norm, state.ahead)
+        state.hooks.append(OwnForward(embedding, first.forward))
     for layer, following in zip(layers, [*layers[1:], None]):
         if _has_own_forward(layer):
             continue

@@ -34,7 +34,8 @@ EPS = 1e-5
 HALF_BYTES = 1 << 20
 ARRIVED = 2**30  # a barrier's number that no test comes to: whoever waits for less goes on
 # Of the last, every other rank norms by a launch of its own: to its peers that is the same call.
-KINDS = ("one-shot", "two-shot", "rms_norm", "rms_norm, bias", "rms_norm, post-norm", "rms_norm, not all ranks")
+KINDS = ("one-shot", "two-shot", "rms_norm", "rms_norm, bias", "rms_norm, post-norm", "rms_norm, no residual",
+         "rms_norm, not all ranks")  # fmt: skip
 SIZES = (1, 2, 3, 4, 8)
 SHAPES = ((1, 4096), (1, 70), (5, 1000), (33, 8192))  # tokens, H
 # Where ranks wait for each other H is such that all programs, and those of the next calls, are on one GPU at once.
@@ -121,7 +122,8 @@ class Message:
         self.parts = [torch.randn(shape, **options) for _ in range(size)]
         added = {"bias": "x_bias", "post-norm": "post_weight"}
         vectors = {name: torch.randn(shape[1], **options) for word, name in added.items() if word in kind}
-        self.then = AddNorm(torch.rand(shape[1], **options), EPS, torch.randn(shape, **options), **vectors)
+        residual = None if "no residual" in kind else torch.randn(shape, **options)
+        self.then = AddNorm(torch.rand(shape[1], **options), EPS, residual, **vectors)
         self.results: list[list[torch.Tensor]] = [[torch.empty_like(part)] for part in self.parts]
 
     @property
@@ -152,7 +154,7 @@ class Message:
         want = all_reduce.all_reduce_rms_norm_ref(self.parts, self.then)
         if self.then.post_weight is None and not torch.equal(h, want[1]):
             return "h has other bits than the separate ops give"
-        exact = rmsnorm_ref(*doubled([all_reduce.all_reduce_ref(self.parts), *self.then]))
+        exact = AddNorm(*doubled(self.then)).of(all_reduce.all_reduce_ref(self.parts).double(), rmsnorm_ref)
         return inexact([z, h], exact, want, {"max_ratio": 0.0, "rms_ratio": 0.0})
 
 
