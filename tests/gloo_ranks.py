@@ -24,12 +24,19 @@ def run_gloo(fn: Callable, tp_size: int, timeout_s: float = 120.0) -> list:
         fn: stands at the top of a module of this folder; what it returns can be pickled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        module = Path(inspect.getfile(fn)).stem
-        command = [sys.executable, __file__, module, fn.__name__, str(tp_size), folder]
-        environ = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}  # bits as on one thread here
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s)
+        done = end_of(fn, tp_size, folder, timeout_s)
         assert done.returncode == 0, f"{fn.__name__} ended with {done.returncode}:\n{done.stderr}"
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(tp_size)]
+
+
+def end_of(
+    fn: Callable, tp_size: int, folder: str | Path, timeout_s: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """How `run_gloo`'s launcher ends; in `folder` lies what the ranks returned."""
+    module = Path(inspect.getfile(fn)).stem
+    command = [sys.executable, __file__, module, fn.__name__, str(tp_size), str(folder)]
+    environ = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}  # bits as on one thread here
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s)
 
 
 def _launch(module: str, name: str, tp_size: int, folder: Path) -> int:

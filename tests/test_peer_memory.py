@@ -1,13 +1,15 @@
 """Collectives through shared memory: right, in order, whoever is late, and over when a peer is gone."""
 
+import itertools
 import os
 import random
+import signal
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_ranks import run_gloo
+from gloo_ranks import end_of, run_gloo
 
 from tp_runtime import peer_memory
 from tp_runtime.comm import TorchCommunicator
@@ -108,6 +110,35 @@ def test_ranks_on_two_machines_use_their_group(monkeypatch):
 def test_nothing_is_left_in_dev_shm():
     """Catches a file that outlives its ranks."""
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("tp_runtime-")]
+
+
+def killed_within_a_sum(comm):
+    """A one-shot sum in three pieces, in whose second rank 1 dies: its part is written, its count is not."""
+    x = torch.ones(3 * SLOT_BYTES // 4)
+    comm.all_reduce_one_shot(x)
+    if comm.rank == 1:
+        meet, pieces = comm._peers._meet, itertools.count()
+
+        def dying(label: bytes) -> None:
+            if next(pieces) == 1:
+                print(time.time(), flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            meet(label)
+
+        comm._peers._meet = dying
+    comm.all_reduce_one_shot(x)
+    print("a rank went on", flush=True)
+
+
+def test_a_rank_killed_within_a_one_shot_sum_ends_all(tmp_path):
+    """Row R1. Catches peers that wait in shared memory for a part that never comes, sum what there is, or add a
+    complaint of their own."""
+    done = end_of(killed_within_a_sum, 3, tmp_path)
+    ended = time.time()
+    assert done.returncode == 1 and ended - float(done.stdout) < 3, done
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("tp_runtime: rank 1 was killed by SIGKILL") and "last collective all_reduce" in said
+    assert not list(tmp_path.iterdir())
 
 
 def on_one_gpu(comm, group=None) -> str:
