@@ -131,18 +131,30 @@ def _attention_shape_cases(arch: int) -> Iterator[Case]:
 
 
 def _rope_attention_cases(arch: int) -> Iterator[Case]:
-    """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; in pairs, as in Command R; positions on the device."""
+    """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; of all heads, as in OLMo 2, alone and as a rank; in
+    pairs, as in Command R; positions on the device."""
     kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
     dtype = torch.bfloat16
-    qkv, cos, weight = meta(1, 48, 1, 128, dtype=dtype), meta(1, 1, 1, 128, dtype=dtype), meta(128, dtype=dtype)
+    qkv, cos = meta(1, 48, 1, 128, dtype=dtype), meta(1, 1, 1, 128, dtype=dtype)
     keys, place = meta(1, 8, 4096, 128, dtype=dtype), meta(1, dtype=torch.int64)
-    for name, normed in (("plain", None), ("norm", weight), ("pairs", None)):
-        new = kernels.New(cos, cos, normed, normed, eps=1e-6, unit_offset=False, pairs=name == "pairs")
+    for name, of_shape, norm in _norms(1, dtype):
+        new = kernels.New(cos, cos, *norm)
         launch = functools.partial(kernels.run, qkv[:, :32], keys, keys, 0.1, lengths=place, new=new, ahead=1)
         yield Case(
-            "rope_decode_attention", name, arch, dtype, "B=1 H=32+8+8 D=128 S=4096", launch,
+            "rope_decode_attention", name, arch, dtype, f"B=1 H=32+8+8 D=128 S=4096{of_shape}", launch,
             tensor_cores=TENSOR_CORES[80], has_wide_loads=True,
         )  # fmt: skip
+
+
+def _norms(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """Name, what it adds to the shape, and the arguments of rope from q_weight on: 32 query heads, 8 key heads."""
+    each, q_weight, k_weight = (meta(heads * 128, dtype=dtype) for heads in (1, 32, 8))
+    yield "plain", "", (None, None, 1e-6, False)
+    yield "norm", "", (each, each, 1e-6, False)
+    yield "pairs", "", (None, None, 1e-6, False, True)
+    yield "wide norm", "", (q_weight, k_weight, 1e-6, False)
+    means = meta(1, tokens, 2, dtype=torch.float32)
+    yield "wide norm", " of 8 ranks", (q_weight, k_weight, 1e-6, False, False, means)
 
 
 def _row_cases(arch: int) -> Iterator[Case]:
@@ -161,15 +173,25 @@ def _row_cases(arch: int) -> Iterator[Case]:
 
 
 def _rope_cases(arch: int) -> Iterator[Case]:
-    """q and k rotated, k and v into the cache, as in Llama-3-8B; with norms (Qwen3-8B); in pairs (Command R)."""
+    """q and k turned, k and v into the cache, as in Llama-3-8B; in pairs (Command R); with norms (Qwen3-8B, OLMo 2)."""
     kernels = importlib.import_module("tp_runtime.kernels.rope_kernel")
     dtype = torch.bfloat16
     for s in (1, 512):
         qkv, cos = meta(1, s, 48 * 128, dtype=dtype), meta(1, 1, s, 128, dtype=dtype)
-        cache, weight = meta(1, 8, 4096, 128, dtype=dtype), meta(128, dtype=dtype)
-        for name, options in (("plain", ()), ("norm", (weight, weight)), ("pairs", (None, None, 1e-6, False, True))):
-            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, None, 7, *options)
-            yield Case("rope", name, arch, dtype, f"S={s} H=32+8+8 D=128", launch)
+        cache = meta(1, 8, 4096, 128, dtype=dtype)
+        for name, of_shape, norm in _norms(s, dtype):
+            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, None, 7, *norm)
+            yield Case("rope", name, arch, dtype, f"S={s} H=32+8+8 D=128{of_shape}", launch)
+
+
+def _mean_squares_cases(arch: int) -> Iterator[Case]:
+    """All heads of OLMo-2-7B, for a prompt; a rank's part of 13B at tp 8, and of 7B, too little for wide loads."""
+    run = importlib.import_module("tp_runtime.kernels.mean_squares_kernel").run
+    for m, heads in ((512, 32), (1, 5), (1, 4)):
+        x, width = meta(m, 3 * heads * 128, dtype=torch.bfloat16), heads * 128
+        launch = functools.partial(run, x, (0, width, width, 2 * width), (8 * width, 8 * width))
+        shape, is_wide = f"M={m} H={heads} D=128", heads > 4
+        yield Case("mean_squares", "mean_squares", arch, x.dtype, shape, launch, has_wide_loads=is_wide)
 
 
 def _routing_cases(arch: int) -> Iterator[Case]:
@@ -228,6 +250,7 @@ OPS: dict[str, Callable[[int], Iterator[Case]]] = {
     "decode_attention": _attention_cases,
     "rope_decode_attention": _rope_attention_cases,
     "rms_norm": _row_cases,
+    "mean_squares": _mean_squares_cases,
     "rope": _rope_cases,
     "routing": _routing_cases,
     "vocab_top_k": _top_k_cases,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import target
-from .rope_kernel import load_rotated
+from .rope_kernel import load_rotated, wide_block
 
 MAX_PARTS = 128
 _MERGED = 4096  # elements that the last program merges at a time, in registers
@@ -107,13 +107,14 @@ def _merge(
 @triton.jit(do_not_specialize=["ahead"])
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, heads_ptr, lengths_ptr, mask_ptr, sinks_ptr, y_ptr, partials_ptr, arrived_ptr,
-    cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
+    cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
     scale, window, softcap, eps, ahead, capacity, num_heads, stride_l, stride_c,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ms,
     D: tl.constexpr, GROUP: tl.constexpr, S_Q: tl.constexpr, ROWS: tl.constexpr, MERGE: tl.constexpr,
     MAX_SPLITS: tl.constexpr, IS_BOOL: tl.constexpr, IS_NEW: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     split, num_splits = tl.program_id(0), tl.num_programs(0)
     kv, num_kv_heads, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
@@ -163,16 +164,21 @@ def _decode_attention_kernel(
         if cos_ptr is not None:
             cos_ptr += b * stride_c
             sin_ptr += b * stride_c
-        is_q = is_row[:, None]
-        q = load_rotated(q_rows, is_q, cos_ptr, sin_ptr, q_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
-        q = q.to(y_ptr.dtype.element_ty)
+        if means_ptr is not None:
+            means_ptr += 2 * b
+        q = load_rotated(
+            x_ptr, head[:, None], is_row[:, None], num_heads, cos_ptr, sin_ptr, q_weight_ptr, means_ptr, 0, eps,
+            R, PAIRS, UNIT_OFFSET, WIDE, D, BLOCK_D,
+        ).to(y_ptr.dtype.element_ty)  # fmt: skip
         if split == 0:
             one = tl.arange(0, 1)
-            k_row = x_ptr + (num_heads + kv + one)[:, None] * D
-            is_one = (one == 0)[:, None]
-            k = load_rotated(k_row, is_one, cos_ptr, sin_ptr, k_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
-            k = k.to(k_ptr.dtype.element_ty)
-            v = tl.load(k_row + num_kv_heads * D + offs_d[None, :], mask=in_d, other=0.0)
+            own = (kv + one)[:, None]
+            k_heads = x_ptr + num_heads * D
+            k = load_rotated(
+                k_heads, own, own == kv, num_kv_heads, cos_ptr, sin_ptr, k_weight_ptr, means_ptr, 1, eps,
+                R, PAIRS, UNIT_OFFSET, WIDE, D, BLOCK_D,
+            ).to(k_ptr.dtype.element_ty)  # fmt: skip
+            v = tl.load(k_heads + (num_kv_heads + own) * D + offs_d[None, :], mask=in_d, other=0.0)
             place = tl.cast(end - 1, tl.int64)
             in_cache = offs_d[None, :] < tl.where((place >= 0) & (place < capacity), D, 0)
             tl.store(k_head + place * stride_ks + offs_d[None, :], k, mask=in_cache)
@@ -251,6 +257,7 @@ class New(NamedTuple):
     eps: float
     unit_offset: bool
     pairs: bool = False
+    mean_squares: torch.Tensor | None = None
 
 
 def run(
@@ -302,18 +309,18 @@ def run(
     if mask is not None:
         mask = (mask.view(torch.uint8) if is_bool else mask).expand(batch, num_heads, length, -1)
     few = rows <= 16  # else as many as the tensor cores from sm_90 on take at a time
-    cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs = new or New(None, None, None, None, 0.0, False)
+    cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs, means = new or New(None, None, None, None, 0.0, False)
     _decode_attention_kernel[(splits, num_kv_heads, batch)](
         q, keys, values, heads, lengths, mask, sinks, y, partials, arrived, cos, signed_sin, q_weight, k_weight,
-        scale, window, softcap, eps, ahead, capacity, num_heads,
+        None if means is None else means.contiguous(), scale, window, softcap, eps, ahead, capacity, num_heads,
         0 if lengths is None or lengths.numel() == 1 else lengths.stride(0),
         0 if cos is None or cos.shape[0] == 1 else cos.stride(0),
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *((0, 0, 0) if mask is None else mask.stride()[:3]),
         D=head_dim, GROUP=group, S_Q=length, ROWS=rows, MERGE=min(most, max(1, _MERGED // (rows * block_d))),
         MAX_SPLITS=most, IS_BOOL=is_bool, IS_NEW=new is not None, R=head_dim if cos is None else cos.shape[-1],
-        PAIRS=pairs, UNIT_OFFSET=unit_offset, BLOCK_M=16 if few else 64, BLOCK_S=block_s, BLOCK_D=block_d,
-        PDL=target.has_pdl(), num_warps=config.num_warps if few else 8, num_stages=config.num_stages,
-        **target.launch_options(),
+        PAIRS=pairs, UNIT_OFFSET=unit_offset, WIDE=wide_block(q_weight, num_heads, head_dim, means),
+        BLOCK_M=16 if few else 64, BLOCK_S=block_s, BLOCK_D=block_d, PDL=target.has_pdl(),
+        num_warps=config.num_warps if few else 8, num_stages=config.num_stages, **target.launch_options(),
     )  # fmt: skip
     return y
 

@@ -1,6 +1,6 @@
 """Rotary embedding of q and k, their norm before it where a model has one, and k and v into the cache: one pass.
 
-    q, k = rope(norm(q) * q_weight), rope(norm(k) * k_weight)              norms head by head (qwen3, gemma3)
+    q, k = rope(norm(q) * q_weight), rope(norm(k) * k_weight)      norms head by head (qwen3), or over all heads (olmo2)
     rope(x) = x * cos + roll(x, R / 2) * signed_sin                        on the first R of a head's D elements
     keys[:, :, positions], values[:, :, positions] = k, v
 
@@ -28,6 +28,7 @@ def rope_and_cache_ref(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rope_and_cache` in as few of torch's operations as there are: on a CPU each costs microseconds."""
     batch, length, width = qkv.shape
@@ -37,7 +38,9 @@ def rope_and_cache_ref(
     qk, v = torch.split_with_sizes(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
     if q_weight is not None:
         q, k = torch.split_with_sizes(qk, [num_heads, num_kv_heads], 1)
-        qk = torch.cat((norm_ref(q, q_weight, eps, unit_offset), norm_ref(k, k_weight, eps, unit_offset)), dim=1)
+        q_mean, k_mean = (None, None) if mean_squares is None else mean_squares.unbind(-1)
+        pair = (_normed_ref(q, q_weight, q_mean, eps, unit_offset), _normed_ref(k, k_weight, k_mean, eps, unit_offset))
+        qk = torch.cat(pair, dim=1)
     if cos is not None:
         qk = _rope_ref(qk, cos, signed_sin, pairs)
     q, k = torch.split_with_sizes(qk, [num_heads, num_kv_heads], 1)
@@ -53,6 +56,20 @@ def rope_and_cache_ref(
         keys.transpose(1, 2)[sequences, positions] = k.transpose(1, 2)
         values.transpose(1, 2)[sequences, positions] = v.transpose(1, 2)
     return q
+
+
+def _normed_ref(
+    x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor | None, eps: float, unit_offset: bool
+) -> torch.Tensor:
+    """x [B, H, S, D], each head normed; or, with a weight for each element of all heads, all of them as one row, whose
+    mean square is `mean` [B, S] or its own; rounded once."""
+    if mean is None and len(weight) == x.shape[3]:
+        return norm_ref(x, weight, eps, unit_offset)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.transpose(1, 2).flatten(2).to(wide)
+    mean = rows.square().mean(-1) if mean is None else mean
+    rows = rows * torch.rsqrt(mean + eps).unsqueeze(-1) * (weight.to(wide) + unit_offset)
+    return rows.to(x.dtype).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
 def partners(x: torch.Tensor, pairs: bool) -> torch.Tensor:
@@ -81,6 +98,7 @@ def rope_and_cache(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, normed and rotated; k, likewise, and v are written into the cache.
 
@@ -91,9 +109,12 @@ def rope_and_cache(
         keys, values: [B, H_kv, S_max, D], all of the cache and not only what it holds; any strides but the last.
         positions: where in the cache the tokens belong: the place of the first, and the others follow (an int, or a
             tensor of one element, int32 or int64, which a CUDA graph can replay); or [B, S], one by one.
-        q_weight, k_weight: [D], both or neither: heads are normed first.
+        q_weight, k_weight: [D] each: every head is normed first; [H_q * D] and [H_kv * D]: all query heads as one row,
+            all key heads as another (OLMo); or neither.
         eps: of that norm. unit_offset: its factors are 1 + weight (Gemma).
         pairs: elements 2i and 2i + 1 turn together, instead of i and i + R / 2.
+        mean_squares: float32 [B, S, 2], for a norm over all heads: what the op of this name gives of q and k, summed
+            over ranks; None: these are all heads.
 
     Returns:
         [B, H_q, S, D] in qkv's dtype, tokens apart by H_q * D.
@@ -104,13 +125,14 @@ def rope_and_cache(
 
     Numerics: on a GPU fp32 inside and one rounding, where Hugging Face rounds each product; on the CPU as Hugging Face.
     """
-    options = (q_weight, k_weight, eps, unit_offset, pairs)
+    options = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling and not qkv.is_cuda:
         return rope_and_cache_ref(qkv, cos, signed_sin, keys, values, positions, *options)
-    where = (None, positions) if isinstance(positions, int) else (positions, 0)
     launch = torch.ops.tp_runtime.rope_and_cache if is_compiling else _op
-    return launch(qkv, cos, signed_sin, keys, values, *where, *options).transpose(1, 2)
+    if isinstance(positions, int):
+        return launch(qkv, cos, signed_sin, keys, values, None, positions, *options).transpose(1, 2)
+    return launch(qkv, cos, signed_sin, keys, values, positions, 0, *options).transpose(1, 2)
 
 
 def check_place(first: int, length: int, capacity: int) -> None:
@@ -118,7 +140,7 @@ def check_place(first: int, length: int, capacity: int) -> None:
         raise ValueError(f"positions {first} to {first + length - 1} do not fit a cache of {capacity} tokens")
 
 
-def check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight) -> None:
+def check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, mean_squares) -> None:
     batch, length, width = qkv.shape
     cached, num_kv_heads, capacity, head_dim = keys.shape
     if values.shape != keys.shape or cached != batch:
@@ -138,31 +160,42 @@ def check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k
         check_place(first, length, capacity)
     elif positions.numel() != 1 and positions.shape != (batch, length):
         raise ValueError(f"positions are {[*positions.shape]}: one element, or [{batch}, {length}]")
-    shapes = [None if weight is None else tuple(weight.shape) for weight in (q_weight, k_weight)]
-    if shapes not in ([None] * 2, [(head_dim,)] * 2):
-        raise ValueError(f"q_weight {shapes[0]} and k_weight {shapes[1]} are given both or neither, [{head_dim}] each")
+    shapes = [None if weight is None else [*weight.shape] for weight in (q_weight, k_weight)]
+    each, all_heads = [[head_dim]] * 2, [[width - 2 * num_kv_heads * head_dim], [num_kv_heads * head_dim]]
+    if shapes not in ([None] * 2, each, all_heads):
+        given = "q_weight {} and k_weight {} are given both or neither".format(*shapes)
+        raise ValueError(f"{given}, {each[0]} each, or over all heads {all_heads[0]} and {all_heads[1]}")
+    if mean_squares is not None and ([*mean_squares.shape] != [batch, length, 2] or shapes != all_heads):
+        raise ValueError(
+            f"mean_squares {[*mean_squares.shape]} must be [{batch}, {length}, 2], of norms over all heads; "
+            "q_weight is {} and k_weight {}".format(*shapes)
+        )
 
 
 _library = torch.library.Library("tp_runtime", "FRAGMENT")
 _library.define(
     "rope_and_cache(Tensor qkv, Tensor? cos, Tensor? signed_sin, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor? positions, SymInt first=0, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, "
-    "bool unit_offset=False, bool pairs=False) -> Tensor"
+    "bool unit_offset=False, bool pairs=False, Tensor? mean_squares=None) -> Tensor"
 )
 
 
-def _op(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *options):
-    check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight)
+def _op(
+    qkv, cos, signed_sin, keys, values, positions, first=0,
+    q_weight=None, k_weight=None, eps=1e-6, unit_offset=False, pairs=False, mean_squares=None,
+):  # fmt: skip
+    check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, mean_squares)
+    options = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
     if qkv.is_cuda:
         from .rope_kernel import run
 
-        return run(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, *options)
+        return run(qkv, cos, signed_sin, keys, values, positions, first, *options)
     where = first if positions is None else positions
-    q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, where, q_weight, k_weight, *options)
+    q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, where, *options)
     return q.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # it may be a view of qkv
 
 
-def _fake(qkv, cos, signed_sin, keys, values, positions, first=0, q_weight=None, k_weight=None, *options):
+def _fake(qkv, cos, signed_sin, keys, *options, **named):
     batch, length, width = qkv.shape
     return qkv.new_empty(batch, length, width // keys.shape[3] - 2 * keys.shape[1], keys.shape[3])
 

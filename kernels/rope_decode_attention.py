@@ -36,10 +36,11 @@ def rope_decode_attention_ref(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rope_decode_attention`, one after the other."""
     place = int(positions) if not isinstance(positions, int) and positions.numel() == 1 else positions
-    of_rope = (q_weight, k_weight, eps, unit_offset, pairs)
+    of_rope = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
     q = rope_and_cache_ref(qkv, cos, signed_sin, keys, values, place, *of_rope)
     return _attend(decode_attention_ref, q, keys, values, place, scale, kv_of_query, mask, window, softcap, sinks)
 
@@ -89,6 +90,7 @@ def run(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
     *,
     kernel: str = "split",
     config=None,
@@ -97,7 +99,7 @@ def run(
 
     Torch's way takes a mask for all that there is to say where positions are on the device: nothing combines the two.
     """
-    of_rope = (q_weight, k_weight, eps, unit_offset, pairs)
+    of_rope = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
     if kernel == TORCH:
         q = rope_and_cache(qkv, cos, signed_sin, keys, values, positions, *of_rope)
         place = positions if mask is None or isinstance(positions, int) else keys.shape[2] - 1
@@ -135,11 +137,13 @@ def rope_decode_attention(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one new token of each sequence over its cache, into which its k and v are written as well.
 
     Args:
-        qkv, cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs: as `rope_and_cache` takes them, with S = 1.
+        qkv, cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs, mean_squares: as `rope_and_cache` takes them,
+            with S = 1.
         keys, values: [B, H_kv, S_max, D], all of the cache; any strides but the last.
         positions: each sequence's place of the new token, and so how many it holds: an int or a tensor of one element
             for all of them, or [B, 1].
@@ -157,7 +161,8 @@ def rope_decode_attention(
     there, after `rope_and_cache`.
     """
     is_compiling = torch.compiler.is_compiling()
-    options = (scale, kv_of_query, mask, window, softcap, sinks, q_weight, k_weight, eps, unit_offset, pairs)
+    of_rope = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
+    options = (scale, kv_of_query, mask, window, softcap, sinks, *of_rope)
     if not is_compiling and not qkv.is_cuda:
         return rope_decode_attention_ref(qkv, cos, signed_sin, keys, values, positions, *options)
     launch = torch.ops.tp_runtime.rope_decode_attention if is_compiling else _op
@@ -171,18 +176,18 @@ _library.define(
     "rope_decode_attention(Tensor qkv, Tensor? cos, Tensor? signed_sin, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor? positions, SymInt first, float scale, int[]? kv_of_query=None, Tensor? mask=None, int? window=None, "
     "float? softcap=None, Tensor? sinks=None, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, "
-    "bool unit_offset=False, bool pairs=False) -> Tensor"
+    "bool unit_offset=False, bool pairs=False, Tensor? mean_squares=None) -> Tensor"
 )
 
 
 def _op(
     qkv, cos, signed_sin, keys, values, positions, first, scale,
     kv_of_query=None, mask=None, window=None, softcap=None, sinks=None,
-    q_weight=None, k_weight=None, eps=1e-6, unit_offset=False, pairs=False,
+    q_weight=None, k_weight=None, eps=1e-6, unit_offset=False, pairs=False, mean_squares=None,
 ):  # fmt: skip
     if qkv.shape[1] != 1:
         raise ValueError(f"qkv {[*qkv.shape]} holds {qkv.shape[1]} tokens a sequence: use rope_and_cache for several")
-    check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight)
+    check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, mean_squares)
     batch, num_kv_heads, capacity, head_dim = keys.shape
     needed = first + 1 if positions is None else capacity
     if mask is not None and mask.shape[-1] < needed:
@@ -192,7 +197,8 @@ def _op(
     of_cache = None if mask is None else mask[..., :1].expand(*mask.shape[:3], capacity)
     check_attention(q, keys, values, kv_of_query, None, of_cache, sinks)
     where = first if positions is None else positions
-    options = (scale, kv_of_query, mask, window, softcap, sinks, q_weight, k_weight, eps, unit_offset, pairs)
+    of_rope = (q_weight, k_weight, eps, unit_offset, pairs, mean_squares)
+    options = (scale, kv_of_query, mask, window, softcap, sinks, *of_rope)
     if not qkv.is_cuda:
         return rope_decode_attention_ref(qkv, cos, signed_sin, keys, values, where, *options)
     config = _chosen(q, keys) if is_known(q, keys, kv_of_query) else None

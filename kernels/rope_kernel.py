@@ -6,35 +6,55 @@ import torch
 import triton
 import triton.language as tl
 
-from .rms_norm_kernel import inverse_rms, load_factor
+from .mean_squares_kernel import squares_block, sum_of_squares
+from .rms_norm_kernel import inverse_rms
 from .target import has_pdl, launch_options
 
 BLOCK_H = 8  # heads of a program, 16 bytes a thread
 
 
 @triton.jit
+def _load_factor(weights, offs_d, D: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """What normed heads are multiplied with, fp32 [1 or rows, BLOCK_D]."""
+    weight = tl.load(weights + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)
+    return weight + 1 if UNIT_OFFSET else weight
+
+
+@triton.jit
 def load_rotated(
-    x_rows, is_row, cos_ptr, sin_ptr, weight_ptr, eps,
-    R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, head, is_row, num_heads, cos_ptr, sin_ptr, weight_ptr, means_ptr, i, eps,
+    R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rope(norm(x) * weight) of heads of one token, fp32 [rows, BLOCK_D], 0 beyond D.
 
     Args:
-        x_rows: [rows, 1] pointers to the heads; is_row: [rows, 1], whether there is one.
+        x_ptr: the token's q or k, num_heads heads side by side.
+        head: [rows, 1]; is_row: [rows, 1], whether there is one.
         cos_ptr, sin_ptr: the token's; None where nothing is rotated. weight_ptr: None where nothing is normed.
+        means_ptr: of a norm over all heads (WIDE) the token's mean squares, q's (i 0) and k's (i 1); None: x's own.
     """
     offs_d = tl.arange(0, BLOCK_D)
     mask = is_row & (offs_d < D)[None, :]
+    x_rows = x_ptr + head * D
     x = tl.load(x_rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
-        scale = inverse_rms(x, eps, D)
-        x *= scale * load_factor(weight_ptr, offs_d, D, UNIT_OFFSET)
+        if WIDE:
+            if means_ptr is not None:
+                mean = tl.load(means_ptr + i)
+            else:
+                mean = sum_of_squares(x_ptr, 0, num_heads * D, WIDE) / (num_heads * D)
+            scale = tl.rsqrt(mean + eps)
+            weight_ptr += tl.where(is_row, head, 0) * D
+        else:
+            scale = inverse_rms(x, eps, D)
+        x *= scale * _load_factor(weight_ptr, offs_d, D, UNIT_OFFSET)
     if cos_ptr is not None:
         # What turns with each element: the same lines once more, where a shuffle would depend on the layout.
         partner = ((offs_d ^ 1) if PAIRS else (offs_d + R // 2)) % R
         other = tl.load(x_rows + partner[None, :], mask=is_row, other=0.0).to(tl.float32)
         if weight_ptr is not None:
-            other *= scale * load_factor(weight_ptr, partner, D, UNIT_OFFSET)
+            other *= scale * _load_factor(weight_ptr, partner, D, UNIT_OFFSET)
         cos = tl.load(cos_ptr + offs_d, mask=offs_d < R, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + offs_d, mask=offs_d < R, other=0.0).to(tl.float32)
         x = x * cos[None, :] + other * sin[None, :]
@@ -43,12 +63,12 @@ def load_rotated(
 
 @triton.jit(do_not_specialize=["length", "capacity", "first"])
 def _rope_and_cache_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, positions_ptr, q_ptr, q_weight_ptr, k_weight_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, positions_ptr, q_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
     length, capacity, first, eps, num_heads, num_kv_heads,
     stride_xb, stride_xs, stride_cb, stride_cs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pb, stride_ps,
-    D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, SLOT_STEP: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNIT_OFFSET: tl.constexpr, WIDE: tl.constexpr,
+    SLOT_STEP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, block = tl.program_id(0), tl.program_id(1)
     b, s = (token // length).to(tl.int64), token % length
@@ -59,12 +79,15 @@ def _rope_and_cache_kernel(
     x_ptr = qkv_ptr + b * stride_xb + s * stride_xs
     cos_ptr = None if cos_ptr is None else cos_ptr + b * stride_cb + s * stride_cs
     sin_ptr = None if cos_ptr is None else sin_ptr + b * stride_cb + s * stride_cs
+    means_ptr = None if means_ptr is None else means_ptr + 2 * token.to(tl.int64)
     q_blocks, kv_blocks = tl.cdiv(num_heads, BLOCK_H), tl.cdiv(num_kv_heads, BLOCK_H)
     if block < q_blocks:
         head = block * BLOCK_H + offs_h
         is_head = head < num_heads
-        q_in = x_ptr + head * D
-        x = load_rotated(q_in, is_head, cos_ptr, sin_ptr, q_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
+        x = load_rotated(
+            x_ptr, head, is_head, num_heads, cos_ptr, sin_ptr, q_weight_ptr, means_ptr, 0, eps,
+            R, PAIRS, UNIT_OFFSET, WIDE, D, BLOCK_D,
+        )  # fmt: skip
         q_rows = q_ptr + (token.to(tl.int64) * num_heads + head) * D
         tl.store(q_rows + offs_d, x.to(q_ptr.dtype.element_ty), mask=is_head & (offs_d < D))
     else:
@@ -76,8 +99,10 @@ def _rope_and_cache_kernel(
         head = k_block % kv_blocks * BLOCK_H + offs_h
         is_head = head < tl.where((slot >= 0) & (slot < capacity), num_kv_heads, 0)
         if k_block < kv_blocks:
-            k_in = x_ptr + (num_heads + head) * D
-            k = load_rotated(k_in, is_head, cos_ptr, sin_ptr, k_weight_ptr, eps, R, PAIRS, UNIT_OFFSET, D, BLOCK_D)
+            k = load_rotated(
+                x_ptr + num_heads * D, head, is_head, num_kv_heads, cos_ptr, sin_ptr, k_weight_ptr, means_ptr, 1, eps,
+                R, PAIRS, UNIT_OFFSET, WIDE, D, BLOCK_D,
+            )  # fmt: skip
             k_rows = k_ptr + b * stride_kb + head * stride_kh + slot * stride_ks
             tl.store(k_rows + offs_d, k.to(k_ptr.dtype.element_ty), mask=is_head & (offs_d < D))
         else:
@@ -85,6 +110,15 @@ def _rope_and_cache_kernel(
             v = tl.load(x_ptr + (num_heads + num_kv_heads + head) * D + offs_d, mask=mask)
             v_rows = v_ptr + b * stride_vb + head * stride_vh + slot * stride_vs
             tl.store(v_rows + offs_d, v.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+def wide_block(q_weight: torch.Tensor | None, num_heads: int, head_dim: int, mean_squares: torch.Tensor | None) -> int:
+    """WIDE: of a norm over all heads how many elements are squared at a time; 0: there is none.
+
+    Of one head that is all that there is, this norm and the one of each head are the same.
+    """
+    is_wide = mean_squares is not None or (q_weight is not None and len(q_weight) != head_dim)
+    return squares_block(num_heads * head_dim) if is_wide else 0
 
 
 def run(
@@ -100,6 +134,7 @@ def run(
     eps: float = 1e-6,
     unit_offset: bool = False,
     pairs: bool = False,
+    mean_squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The launch; see `rope_and_cache`. positions None: `first`, `first` + 1, ... Returns q [B, S, H_q, D]."""
     batch, length, width = qkv.shape
@@ -116,10 +151,11 @@ def run(
     if batch * length * blocks:
         _rope_and_cache_kernel[(batch * length, blocks)](
             qkv, cos, signed_sin, keys, values, positions, q, q_weight, k_weight,
+            None if mean_squares is None else mean_squares.contiguous(),
             length, capacity, first, eps, num_heads, num_kv_heads,
             *qkv.stride()[:2], *c_strides, *keys.stride()[:3], *values.stride()[:3], *p_strides,
             D=head_dim, R=head_dim if cos is None else cos.shape[-1], PAIRS=pairs, UNIT_OFFSET=unit_offset,
-            SLOT_STEP=int(is_start), BLOCK_H=BLOCK_H, BLOCK_D=block_d, PDL=has_pdl(),
-            num_warps=max(1, BLOCK_H * block_d // 256), **launch_options(),
+            WIDE=wide_block(q_weight, num_heads, head_dim, mean_squares), SLOT_STEP=int(is_start), BLOCK_H=BLOCK_H,
+            BLOCK_D=block_d, PDL=has_pdl(), num_warps=max(1, BLOCK_H * block_d // 256), **launch_options(),
         )  # fmt: skip
     return q

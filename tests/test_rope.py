@@ -11,6 +11,8 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as apply_to_pairs
 from transformers.models.cohere.modeling_cohere import rotate_half as rotate_neighbours
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as apply_in_float32
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
 
@@ -128,6 +130,40 @@ def test_exact(form, with_norm, dtype, unit_offset):
     got = FORMS[form](qkv, cos.unsqueeze(1), signed(sin), keys, values, 3, *weights, EPS, unit_offset)
     for ours, theirs, want in zip((got, keys[:, :, 3:19]), rotated(dtype), rotated(torch.float64)):
         assert_as_exact_as(ours, theirs, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_part", [False, True], ids=["all heads", "a rank's"])
+@pytest.mark.parametrize("form", FORMS)
+def test_norm_over_all_heads(form, is_part, dtype):
+    """Catches OLMo's norm taken for one of each head, a neighbour's weights, k normed by q's mean, the mean of another
+    token or of this rank's heads alone, and elements beyond a program's block of squares left out."""
+    for batch, length, head_dim in ((2, 5, 20), (1, 1, 800)):
+        qkv, keys, values = inputs(batch, length, head_dim, dtype)
+        cos, sin, _ = rotary("default", head_dim, torch.arange(3, 3 + length)[None])
+        q, k, _ = (heads.transpose(1, 2).flatten(2) for heads in split(qkv, head_dim))
+        norms, of_others = [], []
+        for row in (q, k):  # of all ranks: this one's elements, then others', which are larger
+            others = 3 * torch.randn(batch, length, row.shape[2] // 2 * is_part).to(dtype)
+            norm = Olmo2RMSNorm(row.shape[2] + others.shape[2], EPS).to(dtype)
+            norm.weight.data.normal_()
+            norms.append(norm)
+            of_others.append(others)
+        whole = [torch.cat(pair, -1) for pair in zip((q, k), of_others)]
+
+        def heads(rows, size=head_dim):
+            own = [row[..., : ours.shape[2]] for row, ours in zip(rows, (q, k))]  # noqa: B023
+            return [row.unflatten(2, (-1, size)).transpose(1, 2) for row in own]
+
+        theirs = apply_in_float32(*heads([norm(row) for norm, row in zip(norms, whole)]), cos, sin)
+        exact = [normed(row.double(), norm.weight) for norm, row in zip(norms, whole)]
+        want = apply_in_float32(*heads(exact), cos.double(), sin.double())
+        means = torch.stack([row.double().square().mean(-1) for row in whole], -1).float() if is_part else None
+        weights = [norm.weight.data[: row.shape[2]] for norm, row in zip(norms, (q, k))]
+        options = (*weights, EPS, False, False, means)
+        got = FORMS[form](qkv, cos.unsqueeze(1), signed(sin), keys, values, 3, *options)
+        for ours, their, true in zip((got, keys[:, :, 3 : 3 + length]), theirs, want, strict=True):
+            assert_as_exact_as(ours, their, true)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -257,6 +293,8 @@ def op_arguments():
     for pair in ((None, None), (cos.unsqueeze(1), signed(sin))):
         yield (qkv, *pair, keys, values, None, 2)
         yield (qkv, *pair, keys, values, torch.tensor(5), 0, *weights, EPS, True)
+        of_all = [torch.randn(heads * 16) for heads in (HEADS, KV_HEADS)]
+        yield (qkv, *pair, keys, values, None, 2, *of_all, EPS, False, False, torch.rand(2, 3, 2))
     yield (qkv[:1, :1], None, None, keys[:1], values[:1], None, 2)
     yield (qkv, None, None, keys, values, torch.tensor([[0, 1, 2], [3, 4, 5]]))
 
@@ -295,6 +333,9 @@ def test_positions_past_the_cache(position):
     assert (keys == 7).all()
 
 
+OVER_ALL = {"q_weight": torch.ones(96), "k_weight": torch.ones(32)}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -306,6 +347,9 @@ def test_positions_past_the_cache(position):
         ({"cos": torch.ones(1, 1, 3, 18), "signed_sin": torch.ones(1, 1, 3, 18)}, "rotates 18 elements"),
         ({"positions": torch.zeros(3, dtype=torch.int64)}, r"positions are \[3\]"),
         ({"q_weight": torch.ones(16)}, "both or neither"),
+        ({"q_weight": torch.ones(96), "k_weight": torch.ones(16)}, r"over all heads \[96\] and \[32\]"),
+        ({"mean_squares": torch.ones(2, 3, 2)}, "of norms over all heads; q_weight is None"),
+        ({**OVER_ALL, "mean_squares": torch.ones(2, 2)}, r"mean_squares \[2, 2\] must be \[2, 3, 2\]"),
     ],
     ids=str,
 )

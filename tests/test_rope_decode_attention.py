@@ -30,11 +30,12 @@ def run_kernel(
     k_weight=None,
     unit_offset=False,
     pairs=False,
+    mean_squares=None,
     **options,
 ):
     q = qkv.unflatten(2, (-1, keys.shape[3])).transpose(1, 2)[:, : -2 * keys.shape[1]]
     first, positions = (positions, None) if isinstance(positions, int) else (0, positions)
-    new = kernel.New(cos, signed_sin, q_weight, k_weight, EPS, unit_offset, pairs)
+    new = kernel.New(cos, signed_sin, q_weight, k_weight, EPS, unit_offset, pairs, mean_squares)
     launch = {"new": new, "ahead": first + 1, "config": kernel.Config(*FEW), "num_sms": 16}
     return kernel.run(q, keys, values, scale, lengths=positions, **launch, **options)
 
@@ -72,7 +73,7 @@ def assert_same(form, arguments, positions, norm=(), **options):
         # torch multiplies what a mask hides with 0, and 0 * NaN is NaN.
         for cache in (keys, values):
             cache.nan_to_num_(0)
-    named = dict(zip(("q_weight", "k_weight", "unit_offset", "pairs"), norm[:2] + norm[3:]))
+    named = dict(zip(("q_weight", "k_weight", "unit_offset", "pairs", "mean_squares"), norm[:2] + norm[3:]))
     got = [FORMS[form](qkv, cos, signed_sin, keys, values, positions, 0.2, **named, **options)]
     for ours, theirs, best in zip([*got, keys.nan_to_num(0), values.nan_to_num(0)], want, exact, strict=True):
         if ours.dtype == torch.float32:
@@ -99,6 +100,18 @@ def test_rotation_and_norm(form, dtype):
     for (head_dim, rotary_dim), with_norm in itertools.product([(16, None), (80, 32)], [False, True]):
         weights = [torch.randn(head_dim).to(dtype) for _ in range(2)]
         assert_same(form, inputs(head_dim, dtype, rotary_dim), 40, (*weights, EPS, True) if with_norm else ())
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_norm_over_all_heads(form, dtype):
+    """Catches the mean of another sequence, or of k for q; weights of a neighbour, also where the query heads of a key
+    head do not stand side by side; a part that norms by what it alone has read."""
+    of_all_ranks = torch.tensor([[[0.8, 1.5]], [[1.2, 0.6]]])
+    for means, heads in ((of_all_ranks, None), (None, (1, 0, 1, 0, 0, 1))):
+        arguments = inputs(80, dtype, 32)
+        weights = [(1 + 0.2 * torch.randn(count * 80)).to(dtype) for count in (HEADS, KV_HEADS)]
+        assert_same(form, arguments, 40, (*weights, EPS, False, False, means), kv_of_query=heads)
 
 
 @BOTH
@@ -162,6 +175,8 @@ def op_arguments():
     options = ([0, 0, 0, 0, 1, 1], None, 9, 2.0, torch.randn(HEADS), *weights, EPS, True)
     yield (*arguments, torch.tensor(5), 0, 0.2, *options)
     yield (*arguments, None, 37, 0.2, None, torch.rand(2, 1, 1, 38) < 0.5)
+    of_all = (*[None] * 5, torch.randn(HEADS * 16), torch.randn(KV_HEADS * 16), EPS, False, False)
+    yield (*arguments, None, 37, 0.2, *of_all, torch.rand(2, 1, 2))
 
 
 def test_op():

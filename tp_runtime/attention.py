@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import next_room
+from .kernels.mean_squares import mean_squares
 from .kernels.rms_norm import AddNorm
 from .kernels.rope import partners
 from .kernels.rope_decode_attention import rope_decode_attention
@@ -66,14 +67,16 @@ class RotaryEmbedding(nn.Module):
 class WideRMSNorm(nn.Module):
     """RMS norm over the width of all heads, of which each rank has a part.
 
-        y = x / sqrt(sum(x^2) / width + eps) * weight          the sum over all ranks' heads
+        y = x / sqrt(mean(x^2) + eps) * weight          the mean over all ranks' heads
 
     Args:
         width: of all heads.
         part: this rank's elements of it.
-        counted: those of them that it answers for in the sum: of the ranks that hold the same head, the first.
+        counted: those of them that it answers for in the mean: of the ranks that hold the same head, the first.
         is_rounded: whether the normed x is rounded before the weight; else once, after it.
     """
+
+    unit_offset = False
 
     def __init__(
         self, width: int, part: Range, counted: Range, eps: float, like: torch.Tensor, is_rounded: bool = True
@@ -82,15 +85,11 @@ class WideRMSNorm(nn.Module):
         self._is_rounded = is_rounded
         weight = torch.empty(part[1] - part[0], dtype=like.dtype, device=like.device)
         self.weight, self.width, self.eps = nn.Parameter(weight, requires_grad=False), width, eps
-        self._counted = slice(counted[0] - part[0], counted[1] - part[0])
+        self.counted = counted[0] - part[0], counted[1] - part[0]  # from the rank's first on
 
-    def squares(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of sum(x^2), float32: [..., part] -> [..., 1]."""
-        return x[..., self._counted].float().square().sum(-1, keepdim=True)
-
-    def forward(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """[..., part], given the whole sum [..., 1]."""
-        y = x.float() * torch.rsqrt(squares / self.width + self.eps)
+    def forward(self, x: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+        """[..., part], given the mean square over the whole width [..., 1]."""
+        y = x.float() * torch.rsqrt(mean_square + self.eps)
         return self.weight * y.type_as(x) if self._is_rounded else (self.weight * y).type_as(x)
 
     def shards(self, name: str) -> dict[str, torch.Tensor]:
@@ -157,6 +156,9 @@ class ParallelAttention(nn.Module):
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.has_wide_norm = has_norms and isinstance(self.q_norm, WideRMSNorm)
         self.has_qk_norm = has_norms and not self.has_wide_norm
+        if self.has_wide_norm:
+            first_k, (start, stop) = heads.num_heads * self.head_dim, self.k_norm.counted
+            self._counted = (*self.q_norm.counted, first_k + start, first_k + stop)  # columns of qkv
         self._knows_positions = bool(getattr(attention, "use_rope", True))
         self._turns_halves = rope == "halves" and self._knows_positions
         self._is_complex, self._in_pairs = rope == "complex pairs", rope == "float32 pairs"
@@ -185,13 +187,13 @@ class ParallelAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         modules = self._modules  # nn.Module finds `self.qkv_proj` only after looking everywhere else
         qkv = modules["qkv_proj"](hidden_states)
-        if self.has_wide_norm:
-            qkv = self._widely_normed(qkv)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
         if length == 1 and past_key_values is not None and has_one_launch(qkv):
             y = self._in_one_launch(qkv, attend, position_embeddings, attention_mask, past_key_values)
             if y is not None:
                 return summed(modules["o_proj"], y, then), None
+        if self.has_wide_norm:
+            qkv = self._widely_normed(qkv)
         qkv = qkv.view(batch, length, self._num_qkv_heads, self.head_dim).transpose(1, 2)
         qk, v = torch.split_with_sizes(qkv, self._split_qk_v, 1)
         if self.has_qk_norm:
@@ -226,22 +228,32 @@ class ParallelAttention(nn.Module):
             return None
         cos, signed_sin = position_embeddings if self._knows_positions else (None, None)
         norms: tuple = (None, None, 0.0, False)
-        if self.has_qk_norm:
+        means = None
+        if self._clip is not None:
+            qkv = self._widely_normed(qkv)  # the op does not clip
+        elif self.has_qk_norm or self.has_wide_norm:
             q_norm, k_norm = self.q_norm, self.k_norm
             norms = (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.unit_offset)
+            if self.has_wide_norm and self.o_proj.overlap.comm.size > 1:
+                means = self._mean_squares(qkv)
         keys, values, position, _ = room
         # The window is in the mask, if there is one that keeps a token out: a mask of the caller's may have none.
-        options = (self.scaling, self._kv_of_query, mask, None, self._softcap, None, *norms, self._in_pairs)
+        options = (self.scaling, self._kv_of_query, mask, None, self._softcap, None, *norms, self._in_pairs, means)
         y = rope_decode_attention(qkv, cos, signed_sin, keys, values, position, *options)
         room.written()
         return y
 
     def _widely_normed(self, qkv: torch.Tensor) -> torch.Tensor:
-        """q and k normalised over all ranks' heads, by one all-reduce of two numbers a token; clipped, and v too."""
+        """q and k normalised over all ranks' heads; clipped, and v too."""
         q, k, v = qkv.split([heads * self.head_dim for heads in (*self._split_q_k, self._split_qk_v[1])], -1)
-        squares = self.o_proj.overlap.comm.all_reduce(torch.cat((self.q_norm.squares(q), self.k_norm.squares(k)), -1))
-        qkv = torch.cat((self.q_norm(q, squares[..., :1]), self.k_norm(k, squares[..., 1:]), v), -1)
+        of_q, of_k = self._mean_squares(qkv).split(1, -1)
+        qkv = torch.cat((self.q_norm(q, of_q), self.k_norm(k, of_k), v), -1)
         return qkv if self._clip is None else qkv.clamp_(-self._clip, self._clip)
+
+    def _mean_squares(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Of q and k over all ranks' heads, float32 [B, S, 2], by one all-reduce of two numbers a token."""
+        parts = mean_squares(qkv, self._counted, (self.q_norm.width, self.k_norm.width))
+        return self.o_proj.overlap.comm.all_reduce(parts)
 
     def _turned(self, qk: torch.Tensor, position_embeddings: tuple, past_key_values) -> torch.Tensor:
         """q and k [B, H, S, D], the first elements of each head turned, as many as there are angles, and as exactly;

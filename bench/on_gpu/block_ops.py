@@ -23,6 +23,8 @@ from bench.on_gpu.races import release
 from tp_runtime.kernels import (
     decode_attention,
     decode_attention_kernel,
+    mean_squares,
+    mean_squares_kernel,
     rms_norm,
     rms_norm_kernel,
     rope,
@@ -45,6 +47,7 @@ def rows_exact(device: str) -> Iterator[Row]:
     for dtype in DTYPES:
         for m, n in NORMS:
             yield check_exact(f"rms_norm {m}x{n}, {dtype}", norm_forms(m, n, dtype, device), device)
+            yield check_exact(f"mean_squares {m}x{n}, {dtype}", mean_squares_forms(m, n, dtype, device), device)
         for size in ATTENTIONS:
             for name, forms in (("attention", attention_forms), ("rope", rope_forms)):
                 yield check_exact(f"{name} {of(size)}, {dtype}", forms(*size, dtype, device), device)
@@ -95,6 +98,21 @@ def norm_forms(m: int, n: int, dtype: str, device: str, run: Callable = rms_norm
         form("residual, x_bias, layer norm", weight, residual, post_weight, small, names=("bias", "x_bias")),
         form("residual, layer norm without bias", weight, residual, centered=True),
     ]
+
+
+def mean_squares_forms(m: int, n: int, dtype: str, device: str, run: Callable = mean_squares_kernel.run) -> list[Form]:
+    """Of all columns; of a part of them, that no vector of 16 bytes begins or ends with."""
+    x = torch.randn(m, n, dtype=getattr(torch, dtype), device=device)
+
+    def form(name: str, *bounds: int) -> Form:
+        def call(function: Callable, x):
+            y = function(x, bounds, (3 * n, n))
+            return y if x.dtype == torch.float64 else y.to(x.dtype)
+
+        ours, torchs = (functools.partial(call, function) for function in (run, mean_squares.mean_squares_ref))
+        return Form(name, {"mean_squares": ours}, torchs, (x,))
+
+    return [form("whole", 0, n // 2, n // 2, n), form("part", 3, n // 2 - 1, n // 2 + 5, n // 2 + 5 + n // 8)]
 
 
 def attention_forms(
@@ -159,6 +177,7 @@ def rope_forms(
     caches = torch.randn(2, batch, kv_heads, capacity, head_dim, **options)
     places = torch.randint(0, capacity, (batch, 1), device=device)
     norms = tuple(1 + 0.2 * torch.randn(2, head_dim, **options))
+    wide_norms = tuple(1 + 0.2 * torch.randn(count * head_dim, **options) for count in (heads, kv_heads))
     width, scale = (heads + 2 * kv_heads) * head_dim, head_dim**-0.5
 
     def form(name: str, what: str, op: Callable, ref: Callable, tokens: int, where: Any, dim: int, *rest: Any) -> Form:
@@ -179,15 +198,19 @@ def rope_forms(
     )  # fmt: skip
     middle = torch.tensor([capacity // 2], device=device)
     in_pairs = (None, None, EPS, False, True)
+    of_ranks = (*wide_norms, EPS, False, False, 0.5 + torch.rand(batch, 1, 2, device=device))
     return [
         apart("a prompt", tokens=min(50, capacity), where=0, dim=head_dim),
         apart("partial", tokens=1, where=middle, dim=head_dim // 2),
         _with(apart("pairs", tokens=1, where=middle, dim=head_dim), *in_pairs),
         _with(apart("places, norms", tokens=1, where=places, dim=head_dim), *norms, EPS, False),
+        _with(apart("norms over all heads", tokens=1, where=middle, dim=head_dim), *wide_norms, EPS, False),
         _with(fused("at the host's place", where=capacity // 2), scale),
         _with(fused("at the device's place", where=middle), scale),
         _with(fused("pairs", where=middle), scale, *[None] * 5, *in_pairs),
         _with(fused("places, norms, window", where=places), scale, None, None, 40, None, None, *norms, EPS, False),
+        _with(fused("norms over all heads", where=middle), scale, *[None] * 5, *wide_norms, EPS, False),
+        _with(fused("norms over all ranks' heads", where=middle), scale, *[None] * 5, *of_ranks),
     ]
 
 
