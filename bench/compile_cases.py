@@ -132,14 +132,16 @@ def _attention_shape_cases(arch: int) -> Iterator[Case]:
 
 def _rope_attention_cases(arch: int) -> Iterator[Case]:
     """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; of all heads, as in OLMo 2, alone and as a rank; in
-    pairs, as in Command R; positions on the device."""
+    pairs, as in Command R; with a window and its mask, as in Gemma 2; positions on the device."""
     kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
     dtype = torch.bfloat16
     qkv, cos = meta(1, 48, 1, 128, dtype=dtype), meta(1, 1, 1, 128, dtype=dtype)
     keys, place = meta(1, 8, 4096, 128, dtype=dtype), meta(1, dtype=torch.int64)
-    for name, of_shape, norm in _norms(1, dtype):
-        new = kernels.New(cos, cos, *norm)
-        launch = functools.partial(kernels.run, qkv[:, :32], keys, keys, 0.1, lengths=place, new=new, ahead=1)
+    window = {"window": 1024, "mask": meta(1, 1, 1, 4096, dtype=torch.bool)}
+    for name, of_shape, norm in (*_norms(1, dtype), ("window", "", (None, None, 0.0, False))):
+        given = {"lengths": place, "new": kernels.New(cos, cos, *norm), "ahead": 1}
+        given |= window if name == "window" else {}
+        launch = functools.partial(kernels.run, qkv[:, :32], keys, keys, 0.1, **given)
         yield Case(
             "rope_decode_attention", name, arch, dtype, f"B=1 H=32+8+8 D=128 S=4096{of_shape}", launch,
             tensor_cores=TENSOR_CORES[80], has_wide_loads=True,

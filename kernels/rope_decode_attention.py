@@ -45,14 +45,16 @@ def rope_decode_attention_ref(
     return _attend(decode_attention_ref, q, keys, values, place, scale, kv_of_query, mask, window, softcap, sinks)
 
 
-def _attend(attention, q, keys, values, positions, scale, kv_of_query, mask, *options) -> torch.Tensor:
+def _attend(attention, q, keys, values, positions, scale, kv_of_query, mask, window, *options) -> torch.Tensor:
     """Attention over a cache that holds the tokens up to `positions`, an int or a tensor."""
-    if isinstance(positions, int):
-        lengths, held = None, positions + 1
+    if isinstance(positions, int):  # then what has left the window is cut off, not masked
+        lengths, end = None, positions + 1
+        first, window = 0 if window is None else max(0, end - window), None
     else:
-        lengths, held = (positions.reshape(-1) + 1).expand(len(q)), keys.shape[2]
-    keys, values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
-    return attention(q, keys, values, scale, kv_of_query, lengths, None if mask is None else mask[..., :held], *options)
+        lengths, first, end = (positions.reshape(-1) + 1).expand(len(q)), 0, keys.shape[2]
+    keys, values = keys[:, :, first:end], values[:, :, first:end]
+    mask = None if mask is None else mask[..., first:end]
+    return attention(q, keys, values, scale, kv_of_query, lengths, mask, window, *options)
 
 
 def op_name(num_heads: int, num_kv_heads: int) -> str:

@@ -115,11 +115,11 @@ class Adapter:
         flags: which optional weights the family has: always (True), or as the named config value says. A flag that is
             not listed is false.
             Beside weights: `renormalised`, whether the weights of a token's experts are made to sum to 1; `windowed`,
-            whether the attention function is told the config's sliding window; `no_rope_layers`, whether the config's
-            list of that name says which layers know no positions; `untold_positions`, whether a layer keeps the
-            position ids from its attention function; `parallel`, whether attention and the feed-forward block read the
-            same norm, so that one all-reduce sums both; `scaled_embedding`, whether the model multiplies what its
-            embedding returns before the first layer.
+            whether the attention function is told the config's sliding window, as the mask of such a layer has it;
+            `no_rope_layers`, whether the config's list of that name says which layers know no positions;
+            `untold_positions`, whether a layer keeps the position ids from its attention function; `parallel`, whether
+            attention and the feed-forward block read the same norm, so that one all-reduce sums both;
+            `scaled_embedding`, whether the model multiplies what its embedding returns before the first layer.
         widths: the config value that holds the size of each letter of an intermediate size.
         activation: the config value that names the feed-forward block's activation.
         feed_forward: name of the feed-forward block in a decoder layer.

@@ -11,7 +11,6 @@ ADAPTER = Adapter(
         "o_bias": "attention_bias",
         "wide_qk_norm": True,
         "renormalised": "norm_topk_prob",
-        "windowed": True,
     },
     on_disk=ONE_BY_ONE,
 )

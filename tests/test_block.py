@@ -7,6 +7,7 @@ test_torch_compile.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import weakref
 
@@ -15,6 +16,7 @@ import torch
 from generation_modes import left_padded
 from tiny_models import TOLERANCE, one_thread, prompt, reference, tiny  # noqa: F401 (a fixture)
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import tp_runtime
 from tp_runtime import attention, block
@@ -343,13 +345,13 @@ TAKEN = {
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[int]:
-    """Makes attention one launch on the CPU; in the list the calls are counted."""
-    calls: list[int] = []
+def launches(monkeypatch) -> list[int | None]:
+    """Makes attention one launch on the CPU; in the list stands the window of each call."""
+    calls: list[int | None] = []
     original = attention.rope_decode_attention
 
     def counted(*args):
-        calls.append(1)
+        calls.append(args[9])
         return original(*args)
 
     monkeypatch.setattr(attention, "has_one_launch", lambda qkv: True)
@@ -383,6 +385,8 @@ def test_one_launch_says_what_the_functions_say(name, launches):
             assert_close(torch.stack(got.logits), torch.stack(want.logits))
     ours, static = (0, 0) if name.startswith("llama4") else (2, TAKEN[name])
     assert len(launches) == (ours + static) * steps * tp_size
+    windows = {layer.self_attn.sliding_window for layer in patched(name).model.layers} if ours else set()
+    assert set(launches) == windows
 
 
 @pytest.mark.parametrize("name", ["llama-12/4", "mistral-sliding"])
@@ -397,6 +401,76 @@ def test_a_mask_of_the_callers_is_honoured(name, launches):
         logits.append(model(prompt(2, 1, seed=3), past_key_values=cache, attention_mask=mask).logits)
     assert_close(logits[1], logits[0])
     assert len(launches) == 2
+
+
+WINDOWED = (
+    *("mistral-sliding", "mixtral-sliding", "phi3-sliding", "smollm3-sliding", "starcoder2-sliding"),
+    *("qwen2-mixed", "qwen3-mixed", "qwen3_moe-sliding", "gemma3_text-14/2", "gemma2-9/3"),
+)
+
+
+def test_every_family_with_windows_is_tested():
+    """Catches a family whose masks have no windows although its attention function is told one."""
+    families = {name.split("-")[0] for name in WINDOWED}
+    assert families == {family for family in FAMILIES if adapter_for(family).flag("windowed", {})}
+
+
+@pytest.mark.parametrize(
+    "name, implementation", [*itertools.product(WINDOWED[:-1], ("sdpa", "eager")), ("gemma2-9/3", "eager")]
+)
+@torch.no_grad()
+def test_masks_of_transformers_have_the_windows(name, implementation):
+    """Catches keys skipped that the mask shows: an edge off by one, a layer without a window, a family without any."""
+    model, seen = patched(name), {}
+    model.set_attn_implementation(implementation)
+    for layer in model.model.layers:
+
+        def hook(module, args, kwargs):
+            seen[module] = kwargs["attention_mask"], cache.masks_have_windows
+
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    cache = KVCache(2, 20)
+    model(prompt(), past_key_values=cache)
+    model(prompt(2, 1), past_key_values=cache)
+    for attention_module, (mask, is_known) in seen.items():
+        window = attention_module.sliding_window
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask == 0
+        visible = torch.arange(10) > 9 - (window or 10)
+        assert is_known and (window is None if mask is None else torch.equal(mask, visible.expand_as(mask)))
+    assert {module.sliding_window for module in seen} - {None} == {4} and not cache.masks_have_windows
+
+
+@torch.no_grad()
+def test_what_has_left_the_window_is_not_read(launches):
+    """Catches a cache that is read whole, by torch's attention as well, and a token too few or too many of it."""
+    whole, model, cache = reference("mistral-sliding").copy(), patched("mistral-sliding"), KVCache(2, 20)
+    theirs = DynamicCache(config=whole.config)
+    for ids in (prompt(), prompt(2, 1, seed=3)):
+        want = whole(ids, past_key_values=theirs).logits
+        got = model(ids, past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.keys[:, :, : -3] = layer.values[:, :, : -3] = torch.nan
+    assert_close(got, want)
+    assert launches == [4, 4]
+
+
+@torch.no_grad()
+def test_a_window_is_taken_from_transformers_own_masks_only(launches, monkeypatch):
+    """Catches keys skipped that another's mask may show: made by the caller or his function, in or out of a pass."""
+    model, cache, ids = patched("mistral-sliding"), KVCache(2, 20), prompt(2, 1)
+    tokens, keys = torch.ones(2, 11, dtype=torch.int64), torch.ones(2, 1, 1, 14, dtype=torch.bool)
+    model(prompt(), past_key_values=cache)
+    model(ids, past_key_values=cache)
+    model.model(ids, tokens, past_key_values=cache)
+    assert launches == [4] * 4
+    model.model(ids, keys[..., :12], past_key_values=cache)
+    embeddings = model.model.rotary_emb(torch.empty(0), torch.tensor([[12]]))
+    hidden = torch.randn(2, 1, model.config.hidden_size)
+    model.model.layers[0](hidden, keys, position_embeddings=embeddings, past_key_values=cache)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda **_: keys)
+    model(ids, past_key_values=cache)
+    assert launches == [4] * 4 + [None] * 5
 
 
 @torch.no_grad()

@@ -11,14 +11,17 @@ place (ours; Hugging Face's static one) and attention is Hugging Face's plain on
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import next_room
+from .cache import KVCache, next_room
 from .kernels.mean_squares import mean_squares
 from .kernels.rms_norm import AddNorm
 from .kernels.rope import partners
@@ -32,6 +35,31 @@ _HF_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 def has_one_launch(qkv: torch.Tensor) -> bool:
     """Whether rope, cache and attention of one token are one launch: on a CPU torch's own functions are faster."""
     return qkv.is_cuda
+
+
+def with_known_masks(model: nn.Module, forward: Callable) -> Callable:
+    """`forward` of a decoder, during which our cache says whether the masks of sliding-window layers have the window.
+
+    They have it where transformers makes them, of what the caller says of tokens, none or [B, S]. What the caller made
+    himself, [B, 1, S_q, S] or one for each kind of layer, is passed on as it is, and anything may stand in it.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+
+    def forward_with_known_masks(*args, **kwargs):
+        kwargs.update(zip(names, args))
+        cache, mask, config = kwargs.get("past_key_values"), kwargs.get("attention_mask"), model.config
+        if isinstance(cache, KVCache):
+            is_of_tokens = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+            make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+            is_made_here = is_of_tokens and make_mask in (sdpa_mask, eager_mask)
+            cache.masks_have_windows = is_made_here and getattr(config, "is_causal", True)
+        try:
+            return forward(**kwargs)
+        finally:
+            if isinstance(cache, KVCache):
+                cache.masks_have_windows = False
+
+    return forward_with_known_masks
 
 
 class RotaryEmbedding(nn.Module):
@@ -237,8 +265,10 @@ class ParallelAttention(nn.Module):
             if self.has_wide_norm and self.o_proj.overlap.comm.size > 1:
                 means = self._mean_squares(qkv)
         keys, values, position, _ = room
-        # The window is in the mask, if there is one that keeps a token out: a mask of the caller's may have none.
-        options = (self.scaling, self._kv_of_query, mask, None, self._softcap, None, *norms, self._in_pairs, means)
+        # Where the mask is not known to have the window, it is the mask that says which tokens are seen.
+        is_known = isinstance(past_key_values, KVCache) and past_key_values.masks_have_windows
+        window = self.sliding_window if is_known else None
+        options = (self.scaling, self._kv_of_query, mask, window, self._softcap, None, *norms, self._in_pairs, means)
         y = rope_decode_attention(qkv, cos, signed_sin, keys, values, position, *options)
         room.written()
         return y

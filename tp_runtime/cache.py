@@ -84,10 +84,15 @@ class KVCache(Cache):
     """A cache for `capacity` tokens a sequence, prompt included; it grows if there are more.
 
     Sliding-window layers keep all tokens too; the attention mask hides those that have left the window.
+
+    Attributes:
+        masks_have_windows: whether it is known, during a forward pass, that the mask of each such layer does; then
+            attention need not read what it hides.
     """
 
     def __init__(self, num_layers: int, capacity: int):
         super().__init__(layers=[_RoomyLayer(capacity) for _ in range(num_layers)])
+        self.masks_have_windows = False
 
 
 def next_room(cache: Cache, layer_index: int) -> Room | None:

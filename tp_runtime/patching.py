@@ -13,6 +13,7 @@ from hashlib import sha256
 import torch
 from torch import nn
 
+from .attention import with_known_masks
 from .comm import Communicator, communicator
 from .config import RuntimeConfig
 from .in_step import generate_in_step
@@ -66,7 +67,8 @@ def patch(model: nn.Module, group=None, plan: Plan | None = None, config: Runtim
     )
     object.__setattr__(model, "_tp_runtime", state)
     state.hooks.append(model.register_forward_pre_hook(_check_call, with_kwargs=True))
-    state.hooks.append(OwnForward(model.model, state.ahead.during(in_lanes(model.model, state.overlap))))
+    forward = with_known_masks(model.model, in_lanes(model.model, state.overlap))
+    state.hooks.append(OwnForward(model.model, state.ahead.during(forward)))
     model.generate = generate_in_step(model, comm)
     model.generate_batch = _refuse_continuous_batching
     model.save_pretrained = _refuse_to_save
