@@ -180,9 +180,9 @@ def _rope_cases(arch: int) -> Iterator[Case]:
     dtype = torch.bfloat16
     for s in (1, 512):
         qkv, cos = meta(1, s, 48 * 128, dtype=dtype), meta(1, 1, s, 128, dtype=dtype)
-        cache = meta(1, 8, 4096, 128, dtype=dtype)
+        cache, where = meta(1, 8, 4096, 128, dtype=dtype), (meta(1, dtype=torch.int64), 0) if s == 1 else (None, 7)
         for name, of_shape, norm in _norms(s, dtype):
-            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, None, 7, *norm)
+            launch = functools.partial(kernels.run, qkv, cos, cos, cache, cache, *where, *norm)
             yield Case("rope", name, arch, dtype, f"S={s} H=32+8+8 D=128{of_shape}", launch)
 
 

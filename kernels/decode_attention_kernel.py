@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from . import target
-from .rope_kernel import load_rotated, wide_block
+from .lost import lost_note
+from .rope_kernel import load_rotated, note_outside, wide_block
 
 MAX_PARTS = 128
 _MERGED = 4096  # elements that the last program merges at a time, in registers
@@ -107,7 +108,7 @@ def _merge(
 @triton.jit(do_not_specialize=["ahead"])
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, heads_ptr, lengths_ptr, mask_ptr, sinks_ptr, y_ptr, partials_ptr, arrived_ptr,
-    cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
+    note_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
     scale, window, softcap, eps, ahead, capacity, num_heads, stride_l, stride_c,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ms,
@@ -125,7 +126,8 @@ def _decode_attention_kernel(
     # This program's part of the sequence; a new token is not in the cache yet.
     end = ahead
     if lengths_ptr is not None:
-        end += tl.load(lengths_ptr + b * stride_l).to(tl.int32)
+        # Beyond the cache there is nothing to read, by whatever 64 bits say.
+        end += tl.minimum(tl.maximum(tl.load(lengths_ptr + b * stride_l), -1), capacity).to(tl.int32)
     last = tl.minimum(end - 1 if IS_NEW else end, capacity)
     begin = 0
     if window is not None:
@@ -180,7 +182,11 @@ def _decode_attention_kernel(
             ).to(k_ptr.dtype.element_ty)  # fmt: skip
             v = tl.load(k_heads + (num_kv_heads + own) * D + offs_d[None, :], mask=in_d, other=0.0)
             place = tl.cast(end - 1, tl.int64)
-            in_cache = offs_d[None, :] < tl.where((place >= 0) & (place < capacity), D, 0)
+            is_outside = (place < 0) | (place >= capacity)
+            if note_ptr is not None:
+                if is_outside & (kv == 0):
+                    note_outside(note_ptr, b, lengths_ptr, 1, ahead - 1, capacity, stride_l, 0, 0)
+            in_cache = offs_d[None, :] < tl.where(is_outside, 0, D)
             tl.store(k_head + place * stride_ks + offs_d[None, :], k, mask=in_cache)
             tl.store(v_head + place * stride_vs + offs_d[None, :], v, mask=in_cache)
             scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None] * scale
@@ -309,9 +315,10 @@ def run(
     if mask is not None:
         mask = (mask.view(torch.uint8) if is_bool else mask).expand(batch, num_heads, length, -1)
     few = rows <= 16  # else as many as the tensor cores from sm_90 on take at a time
+    note = None if new is None or lengths is None else lost_note(q.device, "position")
     cos, signed_sin, q_weight, k_weight, eps, unit_offset, pairs, means = new or New(None, None, None, None, 0.0, False)
     _decode_attention_kernel[(splits, num_kv_heads, batch)](
-        q, keys, values, heads, lengths, mask, sinks, y, partials, arrived, cos, signed_sin, q_weight, k_weight,
+        q, keys, values, heads, lengths, mask, sinks, y, partials, arrived, note, cos, signed_sin, q_weight, k_weight,
         None if means is None else means.contiguous(), scale, window, softcap, eps, ahead, capacity, num_heads,
         0 if lengths is None or lengths.numel() == 1 else lengths.stride(0),
         0 if cos is None or cos.shape[0] == 1 else cos.stride(0),

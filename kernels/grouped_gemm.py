@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from .gemm import ACTIVATIONS, activation_named
 from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_bytes
-from .routing import check_routing, lost_note, raise_lost, sort_by_expert_ref
+from .lost import lost_note, raise_lost
+from .routing import check_routing, sort_by_expert_ref
 from .tuned import TORCH, lookup
 
 _log = logging.getLogger("tp_runtime")
@@ -112,7 +113,7 @@ def experts(
     Raises:
         ValueError: shapes that do not fit; a token given an expert that is not there or, on the CPU, a NaN weight. On
             CUDA, where nothing waits for the device, either makes that token's row NaN, and an expert that is not there
-            raises in a later call on that device, or when it is asked: see `routing.raise_lost`.
+            raises in a later call on that device, or when it is asked: see `lost`.
     """
     given = x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, is_transposed, weigh_input
     if torch.compiler.is_compiling():
@@ -252,7 +253,7 @@ def chosen(
         return TORCH, None
     _say_untuned(x.dtype, num_experts, width, hidden)
     if not _is_capturing():
-        lost_note(x.device), arrival_counters(x.device)  # which cannot be made when the same call is captured
+        lost_note(x.device, "expert"), arrival_counters(x.device)  # which cannot be made when the same call is captured
         return LOOP, None
     return next(choice for choice in UNTUNED[x.dtype == torch.float32] if can_run(*choice))
 

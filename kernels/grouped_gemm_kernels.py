@@ -17,7 +17,7 @@ a fixed order: decode in the order of experts and within one of K, its splits su
 prefill in the order of the token's choices. Source: the order of tiles is that of Triton's tutorials 03 and 08. vLLM's
 and SGLang's fused_moe pad each expert's rows on the device, which the offsets make unnecessary.
 
-A token that is given an expert that is not there gets a row of NaN, is noted for the host (`routing.lost_note`), and
+A token that is given an expert that is not there gets a row of NaN, is noted for the host (see `lost`), and
 no other row is touched. No configuration has met a GPU yet.
 """
 

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_gemm_configs import DECODE_T, Config, Decode, Prefill, lie_on_16_bytes
 from .grouped_gemm_kernels import _combine_kernel, _decode_down_kernel, _decode_gate_up_kernel, _prefill_kernel
-from .routing import lost_note
+from .lost import lost_note
 from .routing_kernels import run_sort
 from .target import COUNTERS, arch, arrival_counters, free_sms, has_pdl, launch_options, num_sms
 
@@ -84,7 +84,7 @@ def _launch_decode(x, index, weights, gate_up, down, activation, is_transposed, 
     steps = triton.cdiv(hidden, config.block_k)
     splits, parts, arrived = _split(x, units, 2 * config.block_n * block_t, steps, config, sms)
     _decode_gate_up_kernel[(units, splits)](
-        x, gate_up, index, weights, h, hits, slots, lost_note(x.device), parts, arrived,
+        x, gate_up, index, weights, h, hits, slots, lost_note(x.device, "expert"), parts, arrived,
         num_tokens, width, hidden, num_experts, x.stride(0), *gate_up.stride(),
         ACTIVATION=activation, SPLITS=splits, num_stages=config.num_stages, **options,
     )  # fmt: skip

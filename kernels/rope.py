@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from .lost import NO_SUCH_PLACE, raise_lost
 from .rms_norm import norm_ref
 
 
@@ -51,7 +52,7 @@ def rope_and_cache_ref(
         values.narrow(2, first, length).copy_(v)
     else:
         if not ((positions >= 0) & (positions < keys.shape[2])).all():
-            raise ValueError(f"positions {positions.tolist()} reach past a cache of {keys.shape[2]} tokens")
+            raise ValueError(f"of positions {positions.tolist()} some are {NO_SUCH_PLACE.format(count=keys.shape[2])}")
         sequences = torch.arange(batch)[:, None]
         keys.transpose(1, 2)[sequences, positions] = k.transpose(1, 2)
         values.transpose(1, 2)[sequences, positions] = v.transpose(1, 2)
@@ -120,8 +121,9 @@ def rope_and_cache(
         [B, H_q, S, D] in qkv's dtype, tokens apart by H_q * D.
 
     Raises:
-        ValueError: shapes that do not fit; positions past the cache, where the host knows them. On a GPU it does not
-            know a tensor's: k and v of a token whose position is outside of the cache are not written anywhere.
+        ValueError: shapes that do not fit; positions outside of the cache, where the host knows them. On a GPU it does
+            not know a tensor's: such a token's k and v are not written anywhere, and a later call, or who samples the
+            next token, raises (see `lost`).
 
     Numerics: on a GPU fp32 inside and one rounding, where Hugging Face rounds each product; on the CPU as Hugging Face.
     """
@@ -137,7 +139,7 @@ def rope_and_cache(
 
 def check_place(first: int, length: int, capacity: int) -> None:
     if not 0 <= first <= capacity - length:
-        raise ValueError(f"positions {first} to {first + length - 1} do not fit a cache of {capacity} tokens")
+        raise ValueError(f"positions {first} to {first + length - 1} are {NO_SUCH_PLACE.format(count=capacity)}")
 
 
 def check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k_weight, mean_squares) -> None:
@@ -160,6 +162,8 @@ def check_rope(qkv, cos, signed_sin, keys, values, positions, first, q_weight, k
         check_place(first, length, capacity)
     elif positions.numel() != 1 and positions.shape != (batch, length):
         raise ValueError(f"positions are {[*positions.shape]}: one element, or [{batch}, {length}]")
+    else:
+        raise_lost(qkv.device)  # by an earlier call, whose positions the host did not know
     shapes = [None if weight is None else [*weight.shape] for weight in (q_weight, k_weight)]
     each, all_heads = [[head_dim]] * 2, [[width - 2 * num_kv_heads * head_dim], [num_kv_heads * head_dim]]
     if shapes not in ([None] * 2, each, all_heads):

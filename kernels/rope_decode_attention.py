@@ -156,8 +156,9 @@ def rope_decode_attention(
         [B, 1, H_q * D] in qkv's dtype. The same bits at each run.
 
     Raises:
-        ValueError: shapes that do not fit; a head map out of range; more than one token; positions past the cache or
-            the mask, where the host knows them (else such a token attends, but is not written).
+        ValueError: shapes that do not fit; a head map out of range; more than one token; positions outside of the cache
+            or past the mask, where the host knows them. Else such a token attends, but is not written, and a later
+            call, or who samples the next token, raises (see `lost`).
 
     Numerics: as the two ops, but the new token's own share is not rounded. What `decode_attention` leaves to torch goes
     there, after `rope_and_cache`.

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .lost import lost_note
+from .lost_kernel import is_read, note
 from .mean_squares_kernel import squares_block, sum_of_squares
 from .rms_norm_kernel import inverse_rms
 from .target import has_pdl, launch_options
@@ -61,9 +63,37 @@ def load_rotated(
     return x
 
 
+@triton.jit
+def _slot_of(token, stop, positions_ptr, length, first, stride_pb, stride_ps, SLOT_STEP: tl.constexpr):
+    """Where in the cache a token, or some, before `stop` belong, int64."""
+    b, s = token // length, token % length
+    slot = s * SLOT_STEP + first
+    if positions_ptr is not None:
+        slot += tl.load(positions_ptr + tl.cast(b, tl.int64) * stride_pb + s * stride_ps, mask=token < stop, other=0)
+    return tl.cast(slot, tl.int64)
+
+
+@triton.jit
+def note_outside(
+    note_ptr, token, positions_ptr, length, first, capacity, stride_pb, stride_ps,
+    SLOT_STEP: tl.constexpr, CHUNK: tl.constexpr = 32,
+):  # fmt: skip
+    """For `lost_note`, by each token that is outside of the cache: by the first of them, which looks at all before."""
+    if is_read(note_ptr):
+        earlier = tl.zeros((), tl.int32)
+        for start in range(0, token, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            slot = _slot_of(other, token, positions_ptr, length, first, stride_pb, stride_ps, SLOT_STEP)
+            is_outside = (other < token) & ((slot < 0) | (slot >= capacity))
+            earlier += tl.sum(is_outside.to(tl.int32), 0)
+        if earlier == 0:
+            slot = _slot_of(token, token + 1, positions_ptr, length, first, stride_pb, stride_ps, SLOT_STEP)
+            note(note_ptr, token, slot, capacity)
+
+
 @triton.jit(do_not_specialize=["length", "capacity", "first"])
 def _rope_and_cache_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, positions_ptr, q_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, positions_ptr, note_ptr, q_ptr, q_weight_ptr, k_weight_ptr, means_ptr,
     length, capacity, first, eps, num_heads, num_kv_heads,
     stride_xb, stride_xs, stride_cb, stride_cs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pb, stride_ps,
@@ -91,13 +121,16 @@ def _rope_and_cache_kernel(
         q_rows = q_ptr + (token.to(tl.int64) * num_heads + head) * D
         tl.store(q_rows + offs_d, x.to(q_ptr.dtype.element_ty), mask=is_head & (offs_d < D))
     else:
-        slot = s * SLOT_STEP + first
-        if positions_ptr is not None:
-            slot += tl.load(positions_ptr + b * stride_pb + s * stride_ps)
-        slot = slot.to(tl.int64)
+        slot = _slot_of(token, token + 1, positions_ptr, length, first, stride_pb, stride_ps, SLOT_STEP)
+        is_outside = (slot < 0) | (slot >= capacity)
         k_block = block - q_blocks
+        if note_ptr is not None:
+            if is_outside & (k_block == 0):
+                note_outside(
+                    note_ptr, token, positions_ptr, length, first, capacity, stride_pb, stride_ps, SLOT_STEP
+                )  # fmt: skip
         head = k_block % kv_blocks * BLOCK_H + offs_h
-        is_head = head < tl.where((slot >= 0) & (slot < capacity), num_kv_heads, 0)
+        is_head = head < tl.where(is_outside, 0, num_kv_heads)
         if k_block < kv_blocks:
             k = load_rotated(
                 x_ptr + num_heads * D, head, is_head, num_kv_heads, cos_ptr, sin_ptr, k_weight_ptr, means_ptr, 1, eps,
@@ -150,7 +183,8 @@ def run(
     blocks = triton.cdiv(num_heads, BLOCK_H) + 2 * triton.cdiv(num_kv_heads, BLOCK_H)
     if batch * length * blocks:
         _rope_and_cache_kernel[(batch * length, blocks)](
-            qkv, cos, signed_sin, keys, values, positions, q, q_weight, k_weight,
+            qkv, cos, signed_sin, keys, values, positions,
+            None if positions is None else lost_note(qkv.device, "position"), q, q_weight, k_weight,
             None if mean_squares is None else mean_squares.contiguous(),
             length, capacity, first, eps, num_heads, num_kv_heads,
             *qkv.stride()[:2], *c_strides, *keys.stride()[:3], *values.stride()[:3], *p_strides,

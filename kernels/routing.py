@@ -18,16 +18,16 @@ What the families' routers compute, in transformers 5.17 as in 5.23 (`p` in floa
 Slot s = t * k + j is choice j of token t. Nothing here waits for the device, so all of it can be captured in a CUDA
 graph, and nothing depends on the order in which programs run: the same bits at every call.
 
-A token that is given an expert that does not exist is lost: its row becomes NaN, and the kernel that reads the indices
-notes it in memory of the host (`lost_note`), where `raise_lost` finds it at no cost, once the device has come so far.
+A token that is given an expert that does not exist is lost: its row becomes NaN, and the host is told (see `lost`).
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
+
+from .lost import NO_SUCH_EXPERT
 
 SCORINGS = ("softmax", "softmax_top_k", "sigmoid")
 
@@ -96,57 +96,13 @@ def check_routing(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_ex
     """
     outside = (top_k_index < 0) | (top_k_index >= num_experts)
     for wrong, values, of in (
-        (outside, top_k_index, _NO_SUCH_EXPERT.format("{}", num_experts - 1)),
-        (top_k_weights.isnan(), top_k_weights, "the routing weight {}: its router's input or weights hold NaN"),
+        (outside, top_k_index, NO_SUCH_EXPERT),
+        (top_k_weights.isnan(), top_k_weights, "the routing weight {value}: its router's input or weights hold NaN"),
     ):
         if wrong.any():
             token, choice = wrong.nonzero()[0].tolist()
-            raise ValueError(f"token {token} is given {of.format(values[token, choice].item())}")
-
-
-_NO_SUCH_EXPERT = "expert {}: there are experts 0 to {}"
-
-
-class _Note(NamedTuple):
-    words: torch.Tensor  # for kernels
-    seen: ctypes.Array  # the same memory: a tensor takes the host a microsecond to read
-
-
-_notes: dict[torch.device, _Note] = {}
-
-
-def lost_note(device: torch.device) -> torch.Tensor:
-    """int64 [3] in the host's memory, which the device writes by itself: of the first lost token of a call its place
-    + 1, its expert, and how many experts there are. None of them is ever 0 where it is written (expert 0 exists), so 0
-    is what has not arrived yet, in whatever order they arrive.
-
-    Raises:
-        RuntimeError: it is the device's first, and the stream is being captured, when no memory can be pinned.
-    """
-    if device not in _notes:
-        is_cuda = device.type == "cuda"
-        if is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("experts are computed once outside a CUDA graph before they are captured")
-        words = torch.zeros(3, dtype=torch.int64, pin_memory=is_cuda)
-        _notes.setdefault(device, _Note(words, (ctypes.c_int64 * 3).from_address(words.data_ptr())))
-    return _notes[device].words
-
-
-def raise_lost(device: torch.device) -> None:
-    """Raise where a kernel of an earlier call on `device` has met an expert that does not exist, and forget it.
-
-    Waits for nothing: what the device has not come to yet, a later call finds.
-
-    Raises:
-        ValueError: names the token, its place in that call, and the expert.
-    """
-    note = _notes.get(device)
-    if note is not None and note.seen[0]:
-        place, expert, num_experts = note.seen
-        if expert and num_experts:
-            note.words.zero_()
-            lost = _NO_SUCH_EXPERT.format(expert, num_experts - 1)
-            raise ValueError(f"token {place - 1} is given {lost}. That was an earlier call on {device}; its row is NaN")
+            given = of.format(value=values[token, choice].item(), last=num_experts - 1)
+            raise ValueError(f"token {token} is given {given}")
 
 
 class Sorted(NamedTuple):

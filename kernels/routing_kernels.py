@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing import Sorted, lost_note
+from .lost import lost_note
+from .lost_kernel import is_read, note
+from .routing import Sorted
 from .target import has_pdl, launch_options
 
 
@@ -80,15 +82,13 @@ def experts_of(index_ptr, slot, stop, num_experts):
 @triton.jit
 def note_lost(note_ptr, index_ptr, num_slots, top_k, num_experts, CHUNK: tl.constexpr):
     """For `lost_note`, by one program that knows that there is one: the first token whose expert does not exist."""
-    if tl.load(note_ptr, volatile=True) == 0:  # else the host has yet to read of another
+    if is_read(note_ptr):
         first = tl.zeros((), tl.int32) + num_slots
         for start in range(0, num_slots, CHUNK):
             slot = start + tl.arange(0, CHUNK)
             is_lost = (slot < num_slots) & (experts_of(index_ptr, slot, num_slots, num_experts) == num_experts)
             first = tl.minimum(first, tl.min(tl.where(is_lost, slot, num_slots), axis=0))
-        tl.store(note_ptr + 2, num_experts)
-        tl.store(note_ptr + 1, tl.load(index_ptr + first).to(tl.int64))
-        tl.store(note_ptr, (first // top_k + 1).to(tl.int64))
+        note(note_ptr, first // top_k, tl.load(index_ptr + first), num_experts)
 
 
 @triton.jit
@@ -131,7 +131,8 @@ def run_sort(top_k_index: torch.Tensor, num_experts: int, block_s: int = 128, ch
     slots = top_k_index.new_empty(num_slots, dtype=torch.int32)
     offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
     _sort_kernel[(triton.cdiv(num_slots, block_s),)](
-        top_k_index, slots, offsets, lost_note(top_k_index.device), num_slots, top_k_index.shape[1], num_experts,
+        top_k_index, slots, offsets, lost_note(top_k_index.device, "expert"), num_slots, top_k_index.shape[1],
+        num_experts,
         BLOCK_S=block_s, CHUNK=chunk, BLOCK_E=triton.next_power_of_2(num_experts + 1),
         PDL=has_pdl(), num_warps=8, **launch_options(),
     )  # fmt: skip

@@ -479,7 +479,7 @@ def test_a_token_past_a_static_cache_is_an_error(launches):
     model = patched("llama-12/4")
     cache = StaticCache(config=model.config, max_cache_len=9)
     model(prompt(), past_key_values=cache)
-    with pytest.raises(ValueError, match="do not fit a cache of 9 tokens"):
+    with pytest.raises(ValueError, match=r"outside of a cache of 9 tokens: make it larger \(max_cache_len\)"):
         model(prompt(2, 1), past_key_values=cache)
 
 

@@ -13,7 +13,7 @@ from tp_runtime.kernels.grouped_gemm_configs import DECODE_T
 
 kernels = interpreted("grouped_gemm_launch")
 ours = interpreted("grouped_gemm")
-routing = interpreted("routing")
+lost = interpreted("lost")
 Decode, Prefill = kernels.Decode, kernels.Prefill
 
 # Small tiles, so that each size below is several of them and a part of one.
@@ -157,7 +157,7 @@ def test_expert_that_is_not_there(name, expert):
     else:
         got = run(CONFIGS[name], (x, index, weights, gate_up, down))
         with pytest.raises(ValueError, match=f"token 3 is given expert {expert}: .* That was an earlier call on cpu"):
-            routing.raise_lost(x.device)
+            lost.raise_lost(x.device)
     others = [0, 1, 2, 4, 5, 6]
     assert got[3].isnan().all()
     assert_exact(got[others], (x[others], index[others], weights[others], gate_up, down))

@@ -229,7 +229,7 @@ def test_wrong_experts_are_found(interpreted_experts, monkeypatch):
 def test_routing_kernels_interpreted():
     """Catches a router or a sort that is checked by another call than the layers make."""
     routing = interpreted("routing_kernels")
-    note = interpreted("routing").lost_note
+    note = interpreted("lost").lost_note
     given = {"routers": ((8, 2),), "tokens": (1, 33), "dtypes": ("float16",), "lost_note": note}
     rows = list(experts.exact_routing("cpu", routing.run_route, routing.run_sort, **given))
     assert [(row["is_ok"], row["right"]) for row in rows] == [(True, 8), (True, 6)], rows
@@ -240,7 +240,7 @@ def test_routing_kernels_interpreted():
 
     def unnoted(index, num_experts):
         found = routing.run_sort(index, num_experts)
-        note(index.device).zero_()
+        note(index.device, "expert").zero_()
         return found
 
     for wrong in (unsorted, unnoted):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exactness import assert_as_exact_as
 from interpreted import interpreted
+from program_order import reversed_programs
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as apply_to_pairs
 from transformers.models.cohere.modeling_cohere import rotate_half as rotate_neighbours
@@ -19,7 +20,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from tp_runtime.kernels import rope as compiled
 from tp_runtime.kernels.rope import rope_and_cache
 
-kernel = interpreted("rope_kernel")
+kernel, lost = interpreted("rope_kernel"), interpreted("lost")
 EPS, CAPACITY, HEADS, KV_HEADS = 1e-6, 24, 6, 2
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -231,14 +232,44 @@ def test_positions(form):
             assert (keys == 7).all(-1).sum() == keys[..., 0].numel() - 2 * 2 * KV_HEADS
 
 
+def outside(position: int, token: int) -> str:
+    """What is told of it, as a pattern."""
+    of = f"position {position} is outside of a cache of {CAPACITY} tokens: make it larger .max_cache_len."
+    return rf"{of}\. That was token {token} of an earlier call on cpu"
+
+
 def test_kernel_leaves_positions_outside_alone():
-    """Catches a write past the cache: of a position that only the device knows, no error can be raised."""
+    """Catches a write past the cache, and a position that only the device knows of which nobody is told."""
     qkv, _, _ = inputs(2, 1, 16, torch.float32)
     room = torch.full((2, 2, KV_HEADS, CAPACITY + 2, 16), 7.0)
     keys, values = room[0, :, :, 1:-1], room[1, :, :, 1:-1]
     for position in (-1, CAPACITY, CAPACITY + 1, -(2**40), 2**40):
         run_kernel(qkv, None, None, keys, values, torch.tensor([[position], [position]]))
+        with pytest.raises(ValueError, match=outside(position, 0)):
+            lost.raise_lost(qkv.device)
     assert (room == 7).all()
+
+
+def test_the_first_token_outside_is_told_by_the_next_call():
+    """Catches the last of several told, a token of a later call before that of an earlier one, tokens beyond the first
+    chunk, places behind a start in a tensor, a note of a token that has its place, and one that no call raises."""
+    for where, told in (
+        (torch.tensor([[0, 30, 1], [-5, 40, 3]]), (30, 1)),
+        (torch.tensor([[0, 1, 2], [23, 3, 24]], dtype=torch.int32), (24, 5)),
+        (torch.tensor(CAPACITY - 1), (CAPACITY, 1)),
+        (torch.tensor([[0] * 34 + [CAPACITY, 0, 99]]), (CAPACITY, 34)),
+    ):
+        batch, length = where.shape if where.dim() else (2, 3)
+        qkv, keys, values = inputs(batch, length, 16, torch.float32)
+        with reversed_programs():
+            run_kernel(qkv, None, None, keys, values, where)
+        some, inside = qkv[:, :1], torch.zeros(batch, 1, dtype=torch.int64)
+        run_kernel(some, None, None, keys, values, inside + 99)  # the host has not read yet: the first stays
+        again = interpreted("rope")._op
+        with pytest.raises(ValueError, match=outside(*told)):
+            again(some, None, None, keys, values, inside)
+        run_kernel(some, None, None, keys, values, inside)
+        again(some, None, None, keys, values, inside)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -328,7 +359,7 @@ PAST = [-1, CAPACITY - 2, CAPACITY, torch.tensor(CAPACITY - 2), torch.tensor([[0
 def test_positions_past_the_cache(position):
     """Catches a token written over another, or beside the cache, where the host can know it."""
     qkv, keys, values = inputs(2, 3, 16, torch.float32)
-    with pytest.raises(ValueError, match="cache of 24 tokens"):
+    with pytest.raises(ValueError, match=r"outside of a cache of 24 tokens: make it larger \(max_cache_len\)"):
         rope_and_cache(qkv, None, None, keys, values, position)
     assert (keys == 7).all()
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from exactness import assert_as_exact_as
 from interpreted import interpreted
+from program_order import reversed_programs
 from test_decode_attention import FEW, poisoned_outputs  # noqa: F401
 
 from tp_runtime.kernels import rope_decode_attention as compiled
 from tp_runtime.kernels.decode_attention import decode_attention
+from tp_runtime.kernels.lost import raise_lost
 from tp_runtime.kernels.rope import rope_and_cache
 from tp_runtime.kernels.rope_decode_attention import rope_decode_attention
 
-kernel = interpreted("decode_attention_kernel")
+kernel, lost = interpreted("decode_attention_kernel"), interpreted("lost")
 HEADS, KV_HEADS, CAPACITY, EPS = 6, 2, 60, 1e-6
 
 
@@ -159,14 +161,30 @@ def test_masks(form):
     assert_same(form, inputs(), torch.tensor(37), mask=left_padded)
 
 
-def test_position_past_the_cache_is_not_written():
-    """Catches a write beside the cache: of a position that only the device knows, no error can be raised."""
+def test_position_outside_of_the_cache_is_told_and_not_written():
+    """Catches a write beside the cache, or at what 32 bits make of a position, and a token that is lost in silence."""
     qkv, cos, signed_sin, _, _ = inputs()
     room = torch.full((2, 2, KV_HEADS, CAPACITY + 2, 16), 7.0)
     keys, values = room[0, :, :, 1:-1], room[1, :, :, 1:-1]
-    for position in (-1, CAPACITY):
-        run_kernel(qkv, cos, signed_sin, keys, values, torch.tensor(position), 0.2)
+    for position in (-1, CAPACITY, 2**40, -(2**40)):
+        where = torch.tensor([position] if position < 0 else [[position], [position]])
+        run_kernel(qkv, cos, signed_sin, keys, values, where, 0.2, window=1)
+        with pytest.raises(ValueError, match=f"position {position} is outside of a cache of {CAPACITY} .* token 0"):
+            lost.raise_lost(qkv.device)
     assert (room == 7).all()
+
+
+def test_the_first_token_outside_is_told_by_the_next_call():
+    """Catches the last of several told, a sequence that has its place, and a note that no call raises."""
+    arguments = inputs()
+    with reversed_programs():
+        run_kernel(*arguments, torch.tensor([[CAPACITY - 1], [CAPACITY + 5]]), 0.2, window=1)
+    run_kernel(*arguments, torch.tensor(CAPACITY), 0.2, window=1)  # the host has not read yet: the first stays
+    again = interpreted("rope_decode_attention")._op
+    with pytest.raises(ValueError, match=f"position {CAPACITY + 5} is outside of a cache of {CAPACITY} .* token 1 of"):
+        again(*arguments, torch.tensor(3), 0, 0.2)
+    run_kernel(*arguments, torch.tensor(CAPACITY - 1), 0.2, window=1)
+    again(*arguments, torch.tensor(3), 0, 0.2)
 
 
 def op_arguments():
@@ -202,7 +220,7 @@ def test_compiles_into_one_op():
     "change, message",
     [
         ({"qkv": torch.ones(2, 2, 160)}, "holds 2 tokens a sequence"),
-        ({"first": CAPACITY}, f"do not fit a cache of {CAPACITY} tokens"),
+        ({"first": CAPACITY}, f"outside of a cache of {CAPACITY} tokens: make it larger"),
         ({"mask": torch.ones(1, 1, 1, 37, dtype=torch.bool)}, "does not reach the token at 37"),
         ({"kv_of_query": (0, 1, 2, 1, 1, 1)}, "must name one of 2"),
     ],
@@ -214,6 +232,36 @@ def test_bad_input(change, message):
     arguments = {**dict(zip(names, inputs())), "positions": None, "first": 37, "scale": 0.2, **change}
     with pytest.raises(ValueError, match=message):
         torch.ops.tp_runtime.rope_decode_attention(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["split", "torch"])
+def test_a_token_outside_on_a_gpu(name):
+    """Catches a note that the device cannot write, or that a captured graph leaves out."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    arguments = [tensor.to(device) for tensor in inputs(128, torch.float16)]
+    place, held = torch.tensor([CAPACITY - 1], device=device), arguments[3:]
+
+    def call():
+        return compiled.run(*arguments, place, 0.2, kernel=name)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for compute in (call, graph.replay):
+        before = [cache.clone() for cache in held]
+        place.fill_(CAPACITY)
+        compute()
+        torch.cuda.synchronize()
+        told = f"position {CAPACITY} is outside of a cache of {CAPACITY} .* token 0 of an earlier call on {device}"
+        with pytest.raises(ValueError, match=told):
+            rope_decode_attention(*arguments, place, 0.2)
+        assert all(map(torch.equal, held, before))
+        place.fill_(CAPACITY - 1)
+        compute()
+        torch.cuda.synchronize()
+        raise_lost(device)
 
 
 @pytest.mark.gpu

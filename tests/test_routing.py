@@ -145,14 +145,14 @@ def test_experts_that_do_not_exist_have_no_slots(dtype):
     got = run.run_sort(index, 4, 16, 16)
     _assert_same(got, routing.sort_by_expert_ref(index, 4))
     with pytest.raises(ValueError, match="token 1 is given expert -1"):
-        interpreted("routing").raise_lost(index.device)
+        interpreted("lost").raise_lost(index.device)
     assert got.offsets.tolist() == [0, 1, 1, 2, 4] and got.slots.tolist() == [0, 3, 1, 5, 2, 4, 6, 7]
 
 
 def test_the_first_lost_token_is_noted():
     """Catches the last of several told, a slot beyond the end told as one, and half of a note taken for all of it."""
     device = torch.device("cpu")
-    host = interpreted("routing")
+    host = interpreted("lost")
     host.raise_lost(device)
     index = torch.randint(4, (100, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     run.run_sort(index, 4, 16, 64)
@@ -160,7 +160,7 @@ def test_the_first_lost_token_is_noted():
     index[70, 0] = index[71, 2] = 2**31 - 1
     with reversed_programs():
         run.run_sort(index, 4, 16, 64)
-    words = host.lost_note(device)
+    words = host.lost_note(device, "expert")
     assert words.tolist() == [71, 2**31 - 1, 4]
     for late in range(3):
         word, words[late] = words[late].item(), 0

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tp_runtime.kernels.routing import lost_note
+from tp_runtime.kernels.lost import lost_note
 from tp_runtime.local import run_local
 from tp_runtime.sampling import Sampler, draw_in_step
 
@@ -200,10 +200,11 @@ def test_logits_that_are_not_finite_are_an_error_on_every_rank(value, shown, opt
 
 
 def test_a_lost_token_is_named_before_the_nan_that_it_made():
-    """Catches an expert that does not exist reported as weights that are not finite, or a step too late."""
-    for value in (math.nan, 0.0):
-        lost_note(torch.device("cpu")).copy_(torch.tensor([4, 99, 8]))
-        with pytest.raises(ValueError, match="token 3 is given expert 99: there are experts 0 to 7"):
+    """Catches an expert that does not exist reported as weights that are not finite, or a step too late; positions."""
+    told = {"expert": "token 3 is given expert 99: there are experts 0 to 7", "position": "position 99 is outside of a"}
+    for kind, value in (("expert", math.nan), ("expert", 0.0), ("position", 0.0)):
+        lost_note(torch.device("cpu"), kind).copy_(torch.tensor([4, 99, 8]))
+        with pytest.raises(ValueError, match=told[kind]):
             tokens_of([21], [torch.full((1, 21), value)])
     tokens_of([21], [torch.zeros(1, 21)])
 

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .comm import Communicator
-from .kernels.routing import raise_lost
+from .kernels.lost import raise_lost
 from .kernels.vocab_top_k import vocab_top_k
 from .local import LocalCommunicator
 
@@ -106,7 +106,7 @@ class Sampler:
             B token ids, the same on every rank.
 
         Raises:
-            ValueError: a token of this step was given an expert that does not exist.
+            ValueError: a token of this step was given an expert that does not exist, or a position past the cache.
             FloatingPointError: on every rank, where a sequence's logits hold a NaN or their largest is infinite.
         """
         logits = logits_shard_v

@@ -21,7 +21,7 @@ from bench.kernel_shapes import model_shapes
 from bench.on_gpu.calls import Call, Form, check_exact, check_steady, distinct_scores, seeded
 from bench.on_gpu.cases import DTYPES
 from bench.on_gpu.races import release
-from tp_runtime.kernels import grouped_gemm, routing, routing_kernels
+from tp_runtime.kernels import grouped_gemm, lost, routing, routing_kernels
 from tp_runtime.kernels.tuned import TORCH
 
 LAYERS = (("mixtral-8x7b", 8), ("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 8))  # model, tp_size
@@ -139,7 +139,7 @@ def exact_routing(
     device: str,
     run=routing_kernels.run_route,
     sort=routing_kernels.run_sort,
-    lost_note=routing.lost_note,
+    lost_note=lost.lost_note,
     routers=ROUTERS,
     tokens=(1, 33, 4096),
     dtypes=DTYPES,
@@ -162,7 +162,7 @@ def exact_routing(
             noted = torch.tensor([t // 2 + 1, num_experts, num_experts])
             ours = functools.partial(_sorted_and_noted, sort, lost_note, num_experts)
             by_torch = routing.sort_by_expert_ref
-            torchs = functools.partial(_sorted_and_noted, by_torch, lambda _, noted=noted: noted.clone(), num_experts)
+            torchs = functools.partial(_sorted_and_noted, by_torch, lambda *_, noted=noted: noted.clone(), num_experts)
             forms.append(Form(f"{kind} T={t}", {"sort": ours}, torchs, (index,)))
         yield check_exact(f"sort by expert, {num_experts} experts, top {top_k}", forms, device)
 
@@ -184,7 +184,7 @@ def _sorted_and_noted(sort, lost_note, num_experts: int, index: torch.Tensor) ->
     found = sort(index, num_experts)
     if index.is_cuda:
         torch.cuda.synchronize(index.device)
-    note = lost_note(index.device)
+    note = lost_note(index.device, "expert")
     told = note.clone()
     note.zero_()
     return [*found, told]
