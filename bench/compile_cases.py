@@ -90,7 +90,7 @@ def _experts_cases(arch: int) -> Iterator[Case]:
 
 def _attention_cases(arch: int) -> Iterator[Case]:
     """One new token, 32 query heads on 8 key/value heads of 128, as in Llama-3-8B; lengths on the device."""
-    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
+    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_launch")
     for dtype, most in ((torch.bfloat16, None), (torch.float16, 1)):
         q, keys = meta(1, 32, 1, 128, dtype=dtype), meta(1, 8, 4096, 128, dtype=dtype)
         lengths = meta(1, dtype=torch.int32)
@@ -105,7 +105,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
 
 def _attention_shape_cases(arch: int) -> Iterator[Case]:
     """The other head sizes, each with something that some model asks for; and 4 new tokens of one key/value head."""
-    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
+    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_launch")
     dtype = torch.bfloat16
     mask, sinks = meta(2, 1, 1, 4096, dtype=torch.bool), meta(8, dtype=dtype)
     several: dict[int, dict] = {
@@ -133,7 +133,7 @@ def _attention_shape_cases(arch: int) -> Iterator[Case]:
 def _rope_attention_cases(arch: int) -> Iterator[Case]:
     """As in Llama-3-8B; with the norm of heads, as in Qwen3-8B; of all heads, as in OLMo 2, alone and as a rank; in
     pairs, as in Command R; with a window and its mask, as in Gemma 2; positions on the device."""
-    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
+    kernels = importlib.import_module("tp_runtime.kernels.decode_attention_launch")
     dtype = torch.bfloat16
     qkv, cos = meta(1, 48, 1, 128, dtype=dtype), meta(1, 1, 1, 128, dtype=dtype)
     keys, place = meta(1, 8, 4096, 128, dtype=dtype), meta(1, dtype=torch.int64)

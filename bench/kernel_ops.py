@@ -189,7 +189,7 @@ class AttentionOp(Op):
         return replace(self, name=self.kernels.op_name(**heads), **heads)
 
     def candidates(self, m: int, n: int, k: int, dtype: torch.dtype) -> list[tuple[str, Any]]:
-        kernels = importlib.import_module("tp_runtime.kernels.decode_attention_kernel")
+        kernels = importlib.import_module("tp_runtime.kernels.decode_attention_launch")
         return [("split", config) for config in kernels.CANDIDATES["split"]]
 
     def operands(self, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, Any]:

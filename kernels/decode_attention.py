@@ -212,7 +212,7 @@ def _op(q, keys, values, scale, kv_of_query=None, lengths=None, mask=None, windo
     options = (scale, kv_of_query, lengths, mask, window, softcap, sinks)
     if not q.is_cuda or not is_known(q, keys, kv_of_query):
         return decode_attention_ref(q, keys, values, *options)
-    from .decode_attention_kernel import run
+    from .decode_attention_launch import run
 
     return run(q, keys, values, *options)
 

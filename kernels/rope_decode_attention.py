@@ -65,7 +65,7 @@ def op_name(num_heads: int, num_kv_heads: int) -> str:
 
 def _chosen(q: torch.Tensor, keys: torch.Tensor):
     """The configuration that was measured to be the fastest for these shapes; None: torch."""
-    from .decode_attention_kernel import CANDIDATES
+    from .decode_attention_launch import CANDIDATES
 
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, capacity = keys.shape[1:3]
@@ -106,7 +106,7 @@ def run(
         q = rope_and_cache(qkv, cos, signed_sin, keys, values, positions, *of_rope)
         place = positions if mask is None or isinstance(positions, int) else keys.shape[2] - 1
         return _attend(decode_attention_ref, q, keys, values, place, scale, kv_of_query, mask, window, softcap, sinks)
-    from .decode_attention_kernel import New, run
+    from .decode_attention_launch import New, run
 
     q = _queries(qkv, keys)
     if cos is not None and signed_sin is not None:

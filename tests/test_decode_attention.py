@@ -12,7 +12,7 @@ from interpreted import interpreted
 from tp_runtime.kernels import decode_attention as compiled
 from tp_runtime.kernels.decode_attention import decode_attention
 
-kernel = interpreted("decode_attention_kernel")
+kernel = interpreted("decode_attention_launch")
 FEW = kernel.Config(tile_kib=1, num_warps=4, num_stages=2, programs_per_sm=1)  # tiles of 16 keys
 
 

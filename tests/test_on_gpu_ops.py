@@ -130,7 +130,7 @@ def test_norms_and_top_k_interpreted():
 
 def test_attention_interpreted():
     """Catches a form whose operands the kernel takes for others, and a read behind a sequence's end."""
-    attention = interpreted("decode_attention_kernel")
+    attention = interpreted("decode_attention_launch")
     forms = block_ops.attention_forms(2, 9, 3, 70, 80, "float16", "cpu", attention.run)
     first = next(iter(forms[0].ours))
     forms = [Form(f.name, {first: f.ours[first]}, f.torchs, f.args) for f in forms]
@@ -147,7 +147,7 @@ def test_attention_interpreted():
 
 def ropes(shift: int = 0) -> dict:
     """The interpreted kernels as the ops call them; `shift`: written so many places too far."""
-    rope, kernel = interpreted("rope_kernel"), interpreted("decode_attention_kernel")
+    rope, kernel = interpreted("rope_kernel"), interpreted("decode_attention_launch")
 
     def rope_and_cache(qkv, cos, signed_sin, keys, values, where, *norm):
         places = (None, where + shift) if isinstance(where, int) else (where + shift, 0)

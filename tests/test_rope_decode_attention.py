@@ -16,7 +16,7 @@ from tp_runtime.kernels.lost import raise_lost
 from tp_runtime.kernels.rope import rope_and_cache
 from tp_runtime.kernels.rope_decode_attention import rope_decode_attention
 
-kernel, lost = interpreted("decode_attention_kernel"), interpreted("lost")
+kernel, lost = interpreted("decode_attention_launch"), interpreted("lost")
 HEADS, KV_HEADS, CAPACITY, EPS = 6, 2, 60, 1e-6
 
 

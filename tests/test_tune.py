@@ -25,7 +25,7 @@ from tp_runtime import layers
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.estimate import find_device
 from tp_runtime.experts import ParallelExperts
-from tp_runtime.kernels import decode_attention_kernel, rope_decode_attention, tuned
+from tp_runtime.kernels import decode_attention_launch, rope_decode_attention, tuned
 from tp_runtime.models.adapter import FAMILIES
 from tp_runtime.plan import make_plan
 
@@ -347,7 +347,7 @@ def test_attention_gets_through_the_choice():
     tuned.save_rows(tuned.user_file("cpu"), "cpu", [row])
     tuned.forget()
     q, keys = torch.empty(8, 8, 1, 16, dtype=torch.float16), torch.empty(8, 4, 60, 16, dtype=torch.float16)
-    assert rope_decode_attention._chosen(q, keys) == decode_attention_kernel.CANDIDATES["split"][-1]
+    assert rope_decode_attention._chosen(q, keys) == decode_attention_launch.CANDIDATES["split"][-1]
     assert rope_decode_attention._chosen(q[:1], keys[:1]) is None
     tuned.forget()
 

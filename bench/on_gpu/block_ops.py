@@ -22,7 +22,7 @@ from bench.on_gpu.cases import DTYPES
 from bench.on_gpu.races import release
 from tp_runtime.kernels import (
     decode_attention,
-    decode_attention_kernel,
+    decode_attention_launch,
     mean_squares,
     mean_squares_kernel,
     rms_norm,
@@ -117,7 +117,7 @@ def mean_squares_forms(m: int, n: int, dtype: str, device: str, run: Callable = 
 
 def attention_forms(
     batch: int, heads: int, kv_heads: int, capacity: int, head_dim: int, dtype: str, device: str,
-    run: Callable = decode_attention_kernel.run,
+    run: Callable = decode_attention_launch.run,
 ) -> list[Form]:  # fmt: skip
     """Each by every candidate: full, lengths of their own, windows, caps, masks, sinks, head maps, several tokens."""
     options = {"dtype": getattr(torch, dtype), "device": device}
@@ -143,7 +143,7 @@ def attention_forms(
             return hidden
 
         torchs = functools.partial(call, decode_attention.decode_attention_ref)
-        every = {label("split", config): ours(config) for config in decode_attention_kernel.CANDIDATES["split"]}
+        every = {label("split", config): ours(config) for config in decode_attention_launch.CANDIDATES["split"]}
         return Form(name, every, torchs, (q, keys, values, *named.values()))
 
     forms = [
@@ -269,7 +269,7 @@ def attention_calls(
             normal(seed, device, q, keys, values)
             lengths.random_(1, capacity + 1, generator=seeded(seed, device))
 
-        return Call(draw, lambda: decode_attention_kernel.run(q, keys, values, scale, lengths=lengths, config=config))
+        return Call(draw, lambda: decode_attention_launch.run(q, keys, values, scale, lengths=lengths, config=config))
 
     def fused() -> Call:
         qkv = torch.empty(batch, 1, (heads + 2 * kv_heads) * head_dim, **options)
@@ -287,7 +287,7 @@ def attention_calls(
 
         return Call(draw, run)
 
-    configs = decode_attention_kernel.CANDIDATES["split"]
+    configs = decode_attention_launch.CANDIDATES["split"]
     every = {label("split", config): functools.partial(split, config) for config in configs}
     return {**every, "rope_decode_attention": fused}
 
