@@ -45,7 +45,8 @@ def lost_note(device: torch.device, kind: str) -> torch.Tensor:
         is_cuda = device.type == "cuda"
         if is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a kernel that notes what it loses runs once outside a CUDA graph before it is captured")
-        words = torch.zeros(len(_TOLD), 3, dtype=torch.int64, pin_memory=is_cuda)
+        with torch.inference_mode(False):  # what is made within it cannot be written outside
+            words = torch.zeros(len(_TOLD), 3, dtype=torch.int64, pin_memory=is_cuda)
         seen = (ctypes.c_int64 * words.numel()).from_address(words.data_ptr())
         _notes.setdefault(device, _Notes(dict(zip(_TOLD, words)), seen))
     return _notes[device].words[kind]

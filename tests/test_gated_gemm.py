@@ -34,8 +34,15 @@ def plain(x, w, bias=None, activation="silu"):
     return ACTIVATIONS[activation](gate) * up
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# Of the activations in float32, whose sums torch makes in many orders, one.
+EXACT = [
+    *((activation, torch.float16) for activation in ACTIVATIONS),
+    ("silu", torch.float32),
+    *(pytest.param(a, torch.float32, marks=pytest.mark.slow) for a in ACTIVATIONS if a != "silu"),
+]
+
+
+@pytest.mark.parametrize("activation, dtype", EXACT)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kernel_is_as_exact_as_torch(tile, activation, dtype):
     """Catches gate taken for up, another activation, a wrong mask or split, and stores outside of `out`."""
