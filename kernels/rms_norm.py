@@ -150,8 +150,8 @@ class AddNorm(NamedTuple):
         h = x if self.residual_multiplier == 1 else x * self.residual_multiplier
         return norm(h, *self), h
 
-    def with_x_bias(self, x_bias: torch.Tensor | None) -> AddNorm:
-        return self if x_bias is None else AddNorm(*self[:-1], x_bias)
+    def with_x_bias(self, x_bias: torch.Tensor) -> AddNorm:
+        return AddNorm(*self[:-1], x_bias)
 
 
 def check(

@@ -140,15 +140,16 @@ def kind_of(norm: nn.Module) -> tuple[bool, bool]:
     return getattr(norm, "unit_offset", False), getattr(norm, "centered", False)
 
 
-def is_seen(part: Callable) -> bool:
+def is_seen(part: nn.Module) -> bool:
     """Whether someone else sees what attention or the feed-forward block returns: a hook or a wrapper, on it or on the
     row-parallel layer that it ends in; or it is none of ours."""
-    if not isinstance(part, nn.Module):
-        return False
-    if (name := getattr(part, "ends_in", None)) is None or is_watched(part) or "forward" in part.__dict__:
+    if (name := getattr(part, "ends_in", None)) is None or "forward" in part.__dict__ or is_watched(part):
         return True
-    last = part._modules.get(name)
-    return name != "" and (type(last) is not RowParallelLinear or is_watched(last) or "forward" in last.__dict__)
+    if not name:
+        return False
+    last = part._modules[name]
+    has_own = last._forward_hooks or last._forward_pre_hooks or "forward" in last.__dict__
+    return bool(has_own) or type(last) is not RowParallelLinear
 
 
 class DecoderBlock:
@@ -199,12 +200,13 @@ class DecoderBlock:
         attention, feed_forward = parts["self_attn"], parts[self._feed_forward]
         if self._is_parallel:
             y = attention(hidden_states=y, **kwargs)[0] + feed_forward(y)
-            last: tuple = (all_reduce, y, self._overlap)
+            norm = self._next_norm()
+            y, h = all_reduce(y, self._overlap, self._add_norm(x, None, norm))
         else:
-            x, y = self._added(x, self._attention_out, self._feed_forward_in, attention, hidden_states=y, **kwargs)
-            last = (feed_forward, y)
-        norm = self._next_norm()
-        h, y = self._added(x, self._feed_forward_out, norm, *last)
+            kwargs["hidden_states"] = y
+            x, y = self._added(x, self._attention_out, self._feed_forward_in, attention, (), kwargs)
+            norm = self._next_norm()
+            h, y = self._added(x, self._feed_forward_out, norm, feed_forward, (y,), {})
         if norm is not None:
             self._ahead.leave(norm, h, y)
         return h
@@ -216,25 +218,34 @@ class DecoderBlock:
             return None
         return None if is_watched(norm) else norm
 
-    def _added(
-        self, x: torch.Tensor, behind: nn.Module | None, norm: nn.Module | None, part: Callable, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """h = x + part(...), or x + behind(part(...)), and norm(h), or h where there is none: one launch."""
-        fused = None if norm is None or is_watched(norm) else norm
-        fused_behind = None if behind is None or is_watched(behind) else behind
-        p = {} if fused is None else fused._parameters
-        post_weight = None if fused_behind is None else fused_behind._parameters["weight"]
-        is_centered = self._is_centered and fused is not None
+    def _add_norm(self, x: torch.Tensor, behind: nn.Module | None, norm: nn.Module | None) -> AddNorm:
+        """Of a sum y: h = x + y, or x + behind(y), and norm(h), or h where there is none."""
+        p = {} if norm is None else norm._parameters
+        post_weight = None if behind is None else behind._parameters["weight"]
+        is_centered = self._is_centered and norm is not None
         options = (self._is_unit_offset, self._scale, post_weight, p.get("bias"), is_centered)
-        then = AddNorm(p.get("weight"), self._eps, x, *options)
-        if fused_behind is not behind or is_seen(part):
+        return AddNorm(p.get("weight"), self._eps, x, *options)
+
+    def _added(
+        self,
+        x: torch.Tensor,
+        behind: nn.Module | None,
+        norm: nn.Module | None,
+        part: nn.Module,
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """h and norm(h), as of `_add_norm`, for what a part returns: one launch, but for norms that are watched."""
+        fused = None if norm is None or is_watched(norm) else norm
+        calls_behind = behind is not None and is_watched(behind)
+        if calls_behind or is_seen(part):
             y = part(*args, **kwargs)
             y = y[0] if isinstance(y, tuple) else y  # beside it attention's weights, or the router's logits
-            if behind is not None and fused_behind is None:
-                y = behind(y)
-            y, h = then.of(y)
+            if behind is not None and calls_behind:
+                y, behind = behind(y), None
+            y, h = self._add_norm(x, behind, fused).of(y)
         else:
-            both = part(*args, **kwargs, then=then)
+            both = part.forward(*args, **kwargs, then=self._add_norm(x, behind, fused))
             y, h = both[0] if isinstance(both[0], tuple) else both
         return h, y if norm is None or fused is not None else norm(h)
 

@@ -318,11 +318,13 @@ def row_parallel(
     Returns:
         [..., N], or what `then` makes of it; the same bits on every rank.
     """
-    then = None if then is None else then.with_x_bias(bias)
+    if then is not None and bias is not None:
+        then = then.with_x_bias(bias)
     if overlap.lanes is not None:
         y = all_reduce(gemm(x_shard_k, w_shard_k), overlap, then)
+    elif x_shard_k.numel() < few:
+        y = overlap.comm.all_reduce(gemm(x_shard_k, w_shard_k))
+        y = y if then is None else then.of(y)
     else:
-        is_small = x_shard_k.numel() < few
-        schedule = SEQUENTIAL if is_small else overlap.schedule(x_shard_k, w_shard_k, in_features)
-        y = run(x_shard_k, w_shard_k, overlap.comm, schedule, then)
+        y = run(x_shard_k, w_shard_k, overlap.comm, overlap.schedule(x_shard_k, w_shard_k, in_features), then)
     return y if bias is None or then is not None else y.add_(bias)
