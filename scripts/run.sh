@@ -9,9 +9,9 @@ use() {
   python=$(python3 scripts/environment.py "$@")
 }
 
-# Options of pytest-xdist, where it is installed: each worker runs a stretch of the tests, then takes of what others have left.
+# Options of pytest-xdist, where it is installed: a file's tests stay together, as what they start serves them all.
 workers() {
-  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n logical --maxprocesses 4 --dist worksteal -p no:benchmark"; fi
+  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n logical --maxprocesses 4 --dist loadfile -p no:benchmark"; fi
 }
 
 target=${1:-}

@@ -39,7 +39,7 @@ def compiled(request):
     return dict(zip(asked, compile_all(asked)))
 
 
-@pytest.mark.parametrize("case", by_haste(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(by_haste()), ids=lambda case: case.name)
 def test_configuration_is_what_it_claims(case, compiled):
     """Catches a spill, too much shared memory, older tensor cores, narrow loads of the weights, warp specialisation
     that Triton dropped in silence, and a launch that does not overlap."""

@@ -72,7 +72,7 @@ def test_kernels(name, is_transposed, dtype, sizes):
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "tma" not in name])
-@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_odd_widths(name, is_transposed):
     """Catches a kernel that relies on widths of whole 16 bytes: 389 experts' columns, cut, and a hidden size of 45."""
     for hidden, width in ((45, 39), (1, 1)):

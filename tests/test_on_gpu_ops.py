@@ -286,6 +286,7 @@ def test_experts_cases_cover_what_is_asked():
     assert {c.is_transposed for c in experts.steady_cases()} == {True, False}
 
 
+@pytest.mark.slow
 def test_each_rank_alone_interpreted():
     """Catches a group whose tables or signals are not what the kernels expect; and a sum in another order."""
     kernels = interpreted("all_reduce")

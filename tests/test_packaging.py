@@ -116,7 +116,7 @@ def test_works_from_elsewhere(door, doors, tmp_path):
     assert "--tp" in run(["-m", "tp_runtime.generate", "--help"], tmp_path, doors[door])
 
 
-@pytest.mark.parametrize("door", ["checkout", "wheel", "editable"])
+@pytest.mark.parametrize("door", ["checkout", "wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def test_kernels_stays_hugging_faces(door, doors, hugging_face_kernels, tmp_path):
     """Catches our folder `kernels/`, installed or in the working directory, hiding what transformers imports."""
     program = (

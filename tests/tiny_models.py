@@ -92,7 +92,7 @@ DENSE_OPTIONS = {
 }
 EVERY_SIZE = (1, 2, 3, 4, 5)  # tp_size
 # The same as parameters of a test; those that others stand for are `slow`.
-SIZES_BY_HASTE = [pytest.param(n, marks=() if n in (1, 3, 5) else pytest.mark.slow) for n in EVERY_SIZE]
+SIZES_BY_HASTE = [pytest.param(n, marks=() if n in (1, 3) else pytest.mark.slow) for n in EVERY_SIZE]
 TOLERANCE = 2e-5  # of float32 logits; seen: 3e-6
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 4}
