@@ -11,7 +11,7 @@ use() {
 
 # Options of pytest-xdist, where it is installed: a file's tests stay together, as what they start serves them all.
 workers() {
-  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n logical --maxprocesses 4 --dist loadfile -p no:benchmark"; fi
+  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark"; fi
 }
 
 target=${1:-}
