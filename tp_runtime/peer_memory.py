@@ -21,7 +21,7 @@ Whoever has waited compares all ranks' labels: ranks that came to different coll
 A count is one aligned 8-byte store behind the data that it announces. On x86-64 no rank sees the two in another order;
 on other processors that takes a fence that Python does not have, and the group keeps its own collectives.
 
-On two cores an all-reduce of 1024 floats took 2 us this way and 209 us through gloo.
+On two cores an all-reduce of 1024 floats took 20 us this way and 1300 us through gloo (bench/results/notes.md).
 """
 
 from __future__ import annotations
