@@ -174,7 +174,7 @@ def _halves(tile):
 def _prefill_kernel(
     x, w, w_up, y, bias_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym,
     ACTIVATION: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STORE_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """x, w, w_up and y are descriptors made by the host; pointers if warps are specialised."""
     GATED: tl.constexpr = w_up is not None
@@ -188,7 +188,7 @@ def _prefill_kernel(
         w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
         if GATED:
             w_up = tl.make_tensor_descriptor(w_up, [N, K], [stride_un, 1], [BLOCK_N, BLOCK_K])
-        y = tl.make_tensor_descriptor(y, [M, N], [stride_ym, 1], [BLOCK_M, BLOCK_N // 2])
+        y = tl.make_tensor_descriptor(y, [M, N], [stride_ym, 1], [BLOCK_M, STORE_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
@@ -205,13 +205,15 @@ def _prefill_kernel(
             acc = tl.dot(x_tile, w.load([n, k]).T, acc)
             if GATED:
                 up = tl.dot(x_tile, w_up.load([n, k]).T, up)
-        # In two halves of its columns, one after the other: each takes half the registers and half the shared memory.
-        acc_halves, up_halves = _halves(acc), _halves(up)
+        if STORE_N < BLOCK_N:  # one half after the other takes half the registers and half the shared memory
+            accs, ups = _halves(acc), _halves(up)
+        else:
+            accs, ups = (acc,), (up,)
         offs_m = m + tl.arange(0, BLOCK_M)
-        for i in tl.static_range(2):
-            start = n + i * (BLOCK_N // 2)
-            offs_n = start + tl.arange(0, BLOCK_N // 2)
+        for i in tl.static_range(BLOCK_N // STORE_N):
+            start = n + i * STORE_N
+            offs_n = start + tl.arange(0, STORE_N)
             out = _finish(
-                acc_halves[i], up_halves[i], bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED,
+                accs[i], ups[i], bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED,
             )  # fmt: skip
             y.store([m, start], out.to(y.dtype))

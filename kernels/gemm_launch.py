@@ -28,11 +28,16 @@ def block_m(m: int) -> int:
     return max(16, triton.next_power_of_2(m))
 
 
+def store_n(config: Prefill) -> int:
+    """Columns of a prefill tile that are stored at a time: half of them, of a tile that does not spill for it."""
+    return config.block_n // 2 if config.block_m >= 128 else config.block_n
+
+
 def shared_bytes(m: int, config: Config, gated: bool) -> int:
-    """Shared memory of a program: what its loads have in flight, and for prefill the half tile that is being stored."""
+    """Shared memory of a program: what its loads have in flight, and for prefill what is being stored."""
     rows = {Vector: 1, Decode: block_m(m), Prefill: getattr(config, "block_m", 0)}[type(config)]
     step = (rows + (2 if gated else 1) * config.block_n) * config.block_k * 2
-    return step * config.num_stages + (rows * config.block_n if isinstance(config, Prefill) else 0)
+    return step * config.num_stages + (rows * store_n(config) * 2 if isinstance(config, Prefill) else 0)
 
 
 def launch(
@@ -117,7 +122,7 @@ def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sm
 
     grid = min(sms, triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n))
     blocks = {"x": (x, config.block_m, config.block_k), "w": (w, config.block_n, config.block_k)}
-    blocks |= {"w_up": (up, config.block_n, config.block_k), "y": (y, config.block_m, config.block_n // 2)}
+    blocks |= {"w_up": (up, config.block_n, config.block_k), "y": (y, config.block_m, store_n(config))}
     if config.specialize:
         triton.set_allocator(_scratch)
         operands = {name: matrix for name, (matrix, *_) in blocks.items()}
@@ -131,8 +136,8 @@ def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sm
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_un=0 if up is None else up.stride(0),
         stride_rm=0 if residual is None else residual.stride(0), stride_ym=y.stride(0),
         ACTIVATION=activation, PDL=has_pdl(), FLATTEN=config.flatten, SPECIALIZE=config.specialize,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STORE_N=store_n(config),
+        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
     )  # fmt: skip
 
 
