@@ -23,7 +23,8 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def _gemm_cases(op: str, stacked: int, arch: int) -> Iterator[Case]:
     """Every candidate, for each size of tile that M makes; one of each kernel for a matrix that no tile divides.
 
-    Of gemm the last one, whose tile is the largest, also with all that it may take besides: there registers are rarest.
+    Of gemm the last one, whose tile is the largest, also with all that it may take besides: there registers are rarest;
+    but for the residual of many tokens, which layers add with the norm, and with which the largest tiles spill.
     """
     kernels = importlib.import_module(f"tp_runtime.kernels.{op}")
     tokens = {"vector": (1,), "decode": (16, 64, 128), "prefill": (4096,)}
@@ -34,6 +35,8 @@ def _gemm_cases(op: str, stacked: int, arch: int) -> Iterator[Case]:
         if op == "gemm":
             m, n, dtype = ms[-1], 4096, torch.bfloat16
             every = {"bias": meta(n, dtype=dtype), "residual": meta(m, n, dtype=dtype), "activation": "gelu_tanh"}
+            if kernel == "prefill":
+                del every["residual"]
             sizes.append((m, n, 4096, dtype, slice(-1, None), every))
         for m, n, k, dtype, some, beside in sizes:
             configs = [config for name, config in kernels.candidates(m, n, k, dtype) if name == kernel]

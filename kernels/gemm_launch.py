@@ -29,8 +29,10 @@ def block_m(m: int) -> int:
 
 
 def store_n(config: Prefill) -> int:
-    """Columns of a prefill tile that are stored at a time: half of them, of a tile that does not spill for it."""
-    return config.block_n // 2 if config.block_m >= 128 else config.block_n
+    """Columns of a prefill tile that are stored at a time: half of them, of a tile large enough. Halves of smaller ones
+    spill on sm_100, and Triton 3.6 does not compile them where warps are specialised."""
+    is_halved = config.block_m >= (256 if arch() == 100 else 128) and not config.specialize
+    return config.block_n // 2 if is_halved else config.block_n
 
 
 def shared_bytes(m: int, config: Config, gated: bool) -> int:
