@@ -114,14 +114,15 @@ def _sort_kernel(
     start_of = tl.cumsum(counts, axis=0) - counts
     if first == 0:
         tl.store(offsets_ptr + column, start_of, mask=column <= num_experts)
-        if tl.sum(counts, axis=0) < num_slots:
-            note_lost(note_ptr, index_ptr, num_slots, top_k, num_experts, CHUNK)
+    is_noted = (first == 0) & (tl.sum(counts, axis=0) < num_slots)
 
     slot = first + tl.arange(0, BLOCK_S)
     expert = experts_of(index_ptr, slot, num_slots, num_experts)
     is_earlier = (expert[None, :] == expert[:, None]) & (slot[None, :] < slot[:, None])
     place = tl.gather(start_of + before, expert, axis=0) + tl.sum(is_earlier.to(tl.int32), axis=1)
     tl.store(slots_ptr + place, slot, mask=slot < num_slots)
+    if is_noted:  # last, when registers are free
+        note_lost(note_ptr, index_ptr, num_slots, top_k, num_experts, CHUNK)
 
 
 def run_sort(top_k_index: torch.Tensor, num_experts: int, block_s: int = 128, chunk: int = 2048) -> Sorted:
