@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from tp_runtime.models.adapter import FAMILIES
+from tp_runtime.models.adapter import FAMILIES, adapter_for
 
 HEADS = ((12, 4), (12, 2), (12, 1), (14, 2), (9, 3))  # query heads, key/value heads
 FEW_HEADS = ((12, 1), (14, 2), (9, 3))  # for families whose attention is cut as another's
@@ -210,6 +210,8 @@ def tiny(
     config = CONFIG_MAPPING[model_type](**copy.deepcopy({**sizes, **of_family, **options}))  # it writes into dicts
     with _BUILDING:  # Hugging Face's default experts take no width that is not a multiple of 16 bytes
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+    if adapter_for(model_type).attention_softcap:  # transformers 5.17 takes sdpa, which does not cap; `load` does not
+        model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
