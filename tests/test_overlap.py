@@ -205,10 +205,10 @@ class Clock(Overlap):
         super().__init__(comm)
         self.seconds, self.asked = seconds, 0
 
-    def slowest_s(self, runs, repeats=1):
+    def race(self, *runs, repeats):
         self.asked += 1
         assert len(runs) == len(self.seconds)
-        return [[s] * 3 for s in self.seconds]
+        return [[s] * 11 for s in self.seconds]
 
 
 def test_the_fastest_schedule_is_taken_and_measured_once():
@@ -228,12 +228,12 @@ def test_the_fastest_schedule_is_taken_and_measured_once():
     assert blocks_win.schedule(large[:, :0], w[:, :0], 18) == Schedule(2) and blocks_win.asked == 4
 
 
-def test_a_schedule_that_loses_a_round_is_not_taken():
-    """Catches a choice by luck: a median that is better and a round that is worse."""
+def test_a_schedule_that_loses_three_rounds_is_not_taken():
+    """Catches a choice by luck: a median that is better and rounds that are worse; and one lost to a single pause."""
     two, four = Schedule(2), Schedule(4)
-    times = {SEQUENTIAL: [5, 5, 5], two: [1, 1, 6], four: [4, 4, 4]}
+    times = {SEQUENTIAL: [5.0] * 11, two: [1.0] * 8 + [6, 5, 6], four: [9, 9, *[4.0] * 9]}
     assert Measured([0], times).fastest() == four
-    assert Measured([0], {**times, four: [4, 5, 4]}).fastest() == SEQUENTIAL
+    assert Measured([0], {**times, four: [9, 9, 9]}).fastest() == SEQUENTIAL
 
 
 def test_one_shot_is_a_choice_where_it_is_another_way():
@@ -261,8 +261,8 @@ def test_report_by_hand():
     overlap = Overlap(NullCommunicator())
     assert overlap.report() == {"mode": "auto", "chosen": []}
     size = Size(9, 70, 45, torch.bfloat16)
-    overlap.measured[size] = Measured([1.0], {SEQUENTIAL: [5.0], ONE_SHOT: [2.0]})
-    overlap.lanes_s[11] = [[5.0], [4.0], [3.0]]
+    overlap.measured[size] = Measured([1.0] * 9, {SEQUENTIAL: [5.0] * 9, ONE_SHOT: [2.0] * 9})
+    overlap.lanes_s[11] = [[3.0] * 9, [5.0] * 9, [4.0] * 9]
     gemm, layers = overlap.report()["chosen"]
     assert gemm == {
         "what": "gemm N 70 K 45, bfloat16, M 257 to 512", "schedule": "one-shot", "hidden_share": 0.75,
@@ -281,14 +281,25 @@ def test_a_forced_schedule_is_not_measured():
 
 
 def test_the_slowest_ranks_clock_decides():
-    """Catches ranks that each believe their own clock."""
+    """Catches ranks that each believe their own clock, a rival that runs on when it has won or lost, a cold round."""
 
     def measure(comm):
-        overlap = Overlap(comm)
+        overlap, calls = Overlap(comm), []
         overlap._seconds = lambda run, repeats: float(run())
-        return overlap.slowest_s([lambda: 1 + comm.rank, lambda: 5 - comm.rank])
 
-    assert tp_runtime.run_local(measure, 3) == [[[3.0] * 5, [5.0] * 5]] * 3
+        def taking(*seconds):
+            """Seconds of each round: the first to warm up, the last those of all that follow."""
+            left = list(seconds)
+            return lambda: calls.append(seconds) or (left.pop(0) if len(left) > 1 else left[0])
+
+        compute, sequential = taking(1 + comm.rank), taking(9, 5 - comm.rank)
+        wins, loses = taking(99, 6, 4, 6, 4), taking(0, 6, 4, 5, 6)
+        return overlap.race(compute, sequential, wins, loses), len(calls)
+
+    wins, loses = [6.0, 4.0, 6.0, *[4.0] * 8], [6.0, 4.0, 5.0, 6.0]
+    for found, num_calls in tp_runtime.run_local(measure, 3):
+        assert found == [[3.0] * 11, [5.0] * 11, wins, loses]
+        assert num_calls == 12 * 3 + 1 + len(loses)
 
 
 def test_gemms_beside_a_collective_leave_it_its_multiprocessors(monkeypatch):
