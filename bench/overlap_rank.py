@@ -5,12 +5,18 @@ without the computation:
 
     ideal    max(compute, communication)
     hidden   1 - (time - compute) / (sequential - compute)
+
+Where a sum is a hundredth of the time, the spread of the rest hides what it costs. So CPU ranks of one machine, whose
+clock is one, also note when each came to a sum and when it left:
+
+    in place    from the last rank's arrival to the last rank's leaving, summed over the sums of a pass
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +33,7 @@ from tp_runtime.config import RuntimeConfig
 SEQUENTIAL, AUTO = "off", "auto"
 Row = dict
 Messages = list[tuple[str, torch.Size, torch.dtype]]
+Stamps = list[tuple[float, float]]
 
 
 def modes() -> list[str]:
@@ -37,18 +44,25 @@ def modes() -> list[str]:
 
 
 @contextmanager
-def logged(comm: Communicator) -> Iterator[Messages]:
-    """The all-reduces that `comm` carries out within, in order: of one that is carried out by another, the other."""
+def logged(comm: Communicator) -> Iterator[tuple[Messages, Stamps]]:
+    """The all-reduces that `comm` carries out within, in order: of one that is carried out by another, the other; and
+    when each that was waited for began and ended, in seconds."""
     log: Messages = []
+    stamps: Stamps = []
+    depth = 0
 
     def logging(name: str) -> Callable:
         method = getattr(comm, name)
 
         def call(x, *then):
-            num_before = len(log)
+            nonlocal depth
+            num_before, began, depth = len(log), time.monotonic(), depth + 1
             result = method(x, *then)
+            depth -= 1
             if len(log) == num_before:
                 log.append((name, x.shape, x.dtype))
+            if not depth and not name.endswith("_async"):
+                stamps.append((began, time.monotonic()))
             return result
 
         return call
@@ -56,7 +70,7 @@ def logged(comm: Communicator) -> Iterator[Messages]:
     calls = {name: logging(name) for name in dir(comm) if name.startswith("all_reduce")}
     vars(comm).update(calls)
     try:
-        yield log
+        yield log, stamps
     finally:
         for name in calls:
             delattr(comm, name)
@@ -141,7 +155,7 @@ def measure(work: Work, m: int, repeats: int) -> Row:
     sent: dict[str, Messages] = {}
     calls[AUTO](0)  # what there is to choose from is measured now
     for mode, call in calls.items():
-        with logged(comm) as sent[mode]:
+        with logged(comm) as (sent[mode], _):
             call(0)
     first = {mode: next(other for other in calls if sent[other] == sent[mode]) for mode in calls}
     different = {mode: call for mode, call in calls.items() if first[mode] == mode}
@@ -159,8 +173,22 @@ def measure(work: Work, m: int, repeats: int) -> Row:
         for message in messages:
             comm.all_reduce(message)
 
+    stamps: dict[str, list[Stamps]] = {mode: [] for mode in different}
+
+    def noted(mode: str) -> Callable[[int], None]:
+        def call(i: int) -> None:
+            with logged(comm) as (_, of_pass):
+                different[mode](i)
+            stamps[mode].append(of_pass)
+
+        return call
+
+    has_one_clock = comm.device.type == "cpu" and comm.one_shot_above is not None  # then they share memory
     contenders = {"compute": compute, "communication": communicate, **different}
+    if has_one_clock:
+        contenders |= {mode: noted(mode) for mode in different}
     times, timing = _timed(contenders, work.copies, repeats, comm)
+    everyone = comm.gather_json(stamps)
     compute_us, communication_us = (spread(times[name]) for name in ("compute", "communication"))
     sequential_us = spread(times[SEQUENTIAL])["median"]
     return {
@@ -176,6 +204,11 @@ def measure(work: Work, m: int, repeats: int) -> Row:
                 "hidden": hidden(spread(times[first[mode]])["median"], compute_us["median"], sequential_us),
             }
             for mode in calls
+        },
+        "in_place_us": {
+            mode: spread(in_place_us([rank[mode] for rank in everyone]))
+            for mode, passes in stamps.items()
+            if passes and len(passes[0]) == len(messages)  # else some of its sums were not waited for
         },
         "chosen": chosen(work, first),
         "timing": timing, "wrong": wrong, "is_ok": not wrong,
@@ -201,6 +234,21 @@ def _published_us(comm: Communicator, messages: Iterable[torch.Tensor]) -> float
     if not isinstance(comm, EmulatedCommunicator):
         return None
     return sum(published_us(comm.size, message.nbytes) for message in messages)
+
+
+def in_place_us(ranks: list[list[Stamps]]) -> list[float]:
+    """Of each pass, what its sums cost from the last rank's arrival to the last rank's leaving, in us.
+
+    Args:
+        ranks: of each rank, of each pass, the stamps of its sums, in seconds of one clock.
+    """
+
+    def of_sum(stamps: Sequence[tuple[float, float]]) -> float:
+        began, ended = zip(*stamps, strict=True)
+        return max(ended) - max(began)
+
+    passes = zip(*ranks, strict=True)
+    return [sum(map(of_sum, zip(*of_pass, strict=True))) * 1e6 for of_pass in passes]
 
 
 def hidden(us: float, compute_us: float, sequential_us: float) -> float | None:

@@ -15,8 +15,10 @@ COMPUTE, EXPOSED, SAVED = "█▒·"
 # The project's targets for a GPU: least tokens -> most of the communication that may stay exposed.
 MOST_EXPOSED = {2048: 0.2, 1024: 0.4}
 LEAST_SPEEDUP = 0.99
+IN_PLACE = "sums in place"
 LEGEND = f"""In brackets: the share of the communication that a schedule hides, or its speed where sequential is faster.
 The bar is the sequential time: {COMPUTE} compute, {EXPOSED} exposed by the fastest schedule, {SAVED} saved by it."""
+LEGEND_IN_PLACE = f"""{IN_PLACE}: from the last rank's arrival to the last rank's leaving, sequential -> auto."""
 
 
 def overlap_rows(results: dict[str, dict]) -> list[dict]:
@@ -42,9 +44,11 @@ def picture(row: dict) -> str:
 
 def overlap_table(rows: Iterable[dict]) -> str:
     """One table for each model, role and number of ranks, a line for each number of tokens; and what it means."""
+    rows = list(rows)
     if not (tables := [_table(list(group)) for _, group in itertools.groupby(rows, key=_title)]):
         return ""
-    return "\n\n".join([*tables, LEGEND])
+    legend = [LEGEND, LEGEND_IN_PLACE] if any(row["in_place_us"] for row in rows) else [LEGEND]
+    return "\n\n".join([*tables, "\n".join(legend)])
 
 
 def _title(row: dict) -> str:
@@ -55,13 +59,16 @@ def _title(row: dict) -> str:
 
 def _table(rows: Sequence[dict]) -> str:
     others = [mode for mode in rows[0]["schedules"] if mode != "off"]
-    lines = [["M", "compute", "communication", "ideal", "sequential", *others, ""]]
+    has_sums = any(row["in_place_us"] for row in rows)
+    lines = [["M", "compute", "communication", "ideal", "sequential", *others, *[IN_PLACE] * has_sums, ""]]
     for row in rows:
         communication = duration(row["communication_us"]["median"])
         if row.get("published_us"):
             communication += f" (published {duration(row['published_us'])})"
         figures = duration(row["ideal_us"]), duration(_us(row, "off")), *(_cell(row, mode) for mode in others)
-        lines.append([str(row["m"]), duration(row["compute_us"]["median"]), communication, *figures, picture(row)])
+        sums = [_in_place(row)] * has_sums
+        compute = duration(row["compute_us"]["median"])
+        lines.append([str(row["m"]), compute, communication, *figures, *sums, picture(row)])
     return f"{_title(rows[0])}\n\n{table(lines)}"
 
 
@@ -74,6 +81,13 @@ def _cell(row: dict, mode: str) -> str:
     judged = f"{_us(row, 'off') / us:.2f}x" if us > _us(row, "off") else "" if share is None else f"{share:.0%}"
     name = f" {row['chosen']}" if mode == "auto" and row["chosen"] else ""
     return f"{duration(us)} {f'({judged})' if judged else ''}{name}".strip()
+
+
+def _in_place(row: dict) -> str:
+    """What sequential sums cost where they are, and those of `auto` if they are others."""
+    auto = row["schedules"]["auto"]["as"] or "auto"
+    found = row["in_place_us"]
+    return " -> ".join(duration(found[mode]["median"]) for mode in dict.fromkeys(("off", auto)) if mode in found)
 
 
 def overlap_targets(rows: Sequence[dict]) -> list[dict]:

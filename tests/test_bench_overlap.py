@@ -15,7 +15,7 @@ from bench import bench_overlap, emulated_nccl, overlap_rank, overlap_trace, ove
 from bench.gpu_section import Options
 from bench.kernel_shapes import MODELS
 from bench.on_gpu import overlap as section
-from bench.overlap_rank import hidden, logged, modes
+from bench.overlap_rank import hidden, in_place_us, logged, modes
 from bench.report_overlap import COMPUTE, EXPOSED, SAVED, WIDTH, duration, overlap_table, overlap_targets, picture
 from tp_runtime.comm import NullCommunicator
 from tp_runtime.kernels.gemm import gemm
@@ -52,6 +52,9 @@ def test_record_holds_every_schedule_and_what_it_hides(run):
             us = schedule["us"]["median"]
             assert schedule["hidden"] == (1 - (us - compute) / (sequential - compute) if sequential > compute else None)
         assert row["schedules"]["columns"]["as"] is None and f"| {duration(compute)} " in printed
+        assert {"off", "one-shot"} <= row["in_place_us"].keys() <= {"off", "one-shot", "auto"}
+        assert all(us["median"] > 0 for us in row["in_place_us"].values())
+        assert f"| {duration(row['in_place_us']['off']['median'])} " in printed and "sums in place" in printed
     o, layers = (row["schedules"] for row in record["rows"])
     assert o["lanes"]["as"] == "off" and layers["lanes"]["as"] is None  # one GEMM has no lanes
     message_bytes = 1088 * 256 * 4
@@ -176,13 +179,21 @@ def test_a_wrong_sum_is_found(one_thread, role):
 def test_log_holds_what_was_carried_out():
     """Catches one all-reduce that counts twice, because it is carried out by another, and a log that does not end."""
     comm = emulated_nccl.EmulatedCommunicator(2, "cpu")
-    with logged(comm) as log:
+    with logged(comm) as (log, stamps):
         comm.all_reduce(torch.ones(3))
         comm.all_reduce_async(torch.ones(4)).wait()
         comm.all_reduce_norm(torch.ones(2, 6), AddNorm(torch.ones(6), 1e-5, torch.ones(2, 6)))
     comm.all_reduce(torch.ones(5))
     names = ("all_reduce_async", "all_reduce_async", "all_reduce_one_shot")
     assert log == [(name, shape, torch.float32) for name, shape in zip(names, ((3,), (4,), (2, 6)))]
+    assert len(stamps) == 2 and all(began <= ended for began, ended in stamps)
+
+
+def test_sums_in_place():
+    """Catches the wait for the last rank told as what a sum costs."""
+    first = [[(0.0, 9.0), (10.0, 11.0)], [(20.0, 21.0), (30.0, 31.0)]]
+    second = [[(8.0, 8.5), (10.5, 12.0)], [(19.0, 22.0), (30.0, 30.5)]]
+    assert in_place_us([first, second]) == [2.5e6, 3e6]
 
 
 def test_share_that_is_hidden():
@@ -199,7 +210,7 @@ def made_up(m: int, compute: float, sequential: float, auto: float, role: str = 
     return {
         "what": f"M={m}", "model": "made-up", "role": role, "tp_size": 8, "m": m, "dtype": "bfloat16", "scale": 1,
         "layers": 2, "link": "nccl", "compute_us": {"median": compute}, "communication_us": {"median": 80.0},
-        "ideal_us": max(compute, 80.0), "published_us": None, "chosen": "lanes",
+        "ideal_us": max(compute, 80.0), "published_us": None, "chosen": "lanes", "in_place_us": {},
         "schedules": {"off": times(sequential), "columns": {**times(sequential), "as": "off"}, "auto": times(auto)},
     }  # fmt: skip
 
@@ -212,6 +223,9 @@ def test_table_and_targets():
     table = overlap_table([hides, loses])
     assert table.count("made-up, 2 layers, tp 8") == 1 and "= sequential" in table
     assert "125 us (75%) lanes" in table and "250 us (0.80x) lanes" in table
+    assert "in place" not in table
+    sums = {**hides, "in_place_us": {"off": {"median": 90.0}, "auto": {"median": 25.0}, "one-shot": {"median": 7.0}}}
+    assert "| 90.0 us -> 25.0 us |" in overlap_table([sums])
     exposed, speed = overlap_targets([hides, loses, made_up(1024, 100, 200, 110, role="o")])
     assert exposed["value"] == 1.5 and not exposed["is_met"] and "M >= 2048" in exposed["name"]
     assert speed["value"] == 0.8 and not speed["is_met"]
