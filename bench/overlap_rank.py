@@ -46,22 +46,23 @@ def modes() -> list[str]:
 @contextmanager
 def logged(comm: Communicator) -> Iterator[tuple[Messages, Stamps]]:
     """The all-reduces that `comm` carries out within, in order: of one that is carried out by another, the other; and
-    when each that was waited for began and ended, in seconds."""
+    when each sum that was waited for began and ended, in seconds, without what follows it."""
     log: Messages = []
     stamps: Stamps = []
     depth = 0
 
     def logging(name: str) -> Callable:
-        method = getattr(comm, name)
+        method, is_waited_for = getattr(comm, name), not name.endswith("_async")
+        is_sum = not name.endswith("_norm")
 
         def call(x, *then):
             nonlocal depth
-            num_before, began, depth = len(log), time.monotonic(), depth + 1
+            num_before, began, depth = len(log), time.monotonic(), depth + is_sum
             result = method(x, *then)
-            depth -= 1
+            depth -= is_sum
             if len(log) == num_before:
                 log.append((name, x.shape, x.dtype))
-            if not depth and not name.endswith("_async"):
+            if is_sum and is_waited_for and not depth:
                 stamps.append((began, time.monotonic()))
             return result
 
