@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     "config flags completion sums display env heartbeat failure rank "
     "checkpoint_folder safetensors_header model_config preflight plan estimate shard checkpoint "
-    "collective_ops communicator peer_memory comm local overlap lanes layers experts cache attention block "
+    "collective_ops communicator peer_memory comm local race overlap lanes layers experts cache attention block "
     "sampling in_step replacement patching loading verification text engine report launch llm generate"
 ).split()
 # The launcher starts ranks before it knows what they will run: its floor is lower than its place in the list.

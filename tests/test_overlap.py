@@ -13,6 +13,7 @@ from tiny_models import TOLERANCE, answers, one_thread, prompt, reference  # noq
 import tp_runtime
 from tp_runtime import overlap as overlap_module
 from tp_runtime import peer_memory
+from tp_runtime import race as race_module
 from tp_runtime.comm import communicator
 from tp_runtime.communicator import NullCommunicator
 from tp_runtime.config import RuntimeConfig
@@ -28,6 +29,7 @@ from tp_runtime.overlap import (
     row_parallel,
     run,
 )
+from tp_runtime.race import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(1, 64, 32), (33, 70, 45), (7, 3, 8), (0, 64, 32), (5, 64, 0)]  # M, N, K of one rank
@@ -202,16 +204,24 @@ class Clock(Overlap):
     def __init__(self, *seconds: float, one_shot_above: int | None = None):
         comm = NullCommunicator(0, 2)
         comm.one_shot_above = one_shot_above
+        comm.clock = self
         super().__init__(comm)
         self.seconds, self.asked = seconds, 0
 
-    def race(self, *runs, repeats):
-        self.asked += 1
-        assert len(runs) == len(self.seconds)
-        return [[s] * 11 for s in self.seconds]
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """A race is what the communicator's clock says."""
+
+    def as_told(comm, *runs, repeats):
+        comm.clock.asked += 1
+        assert len(runs) == len(comm.clock.seconds)
+        return [[s] * 11 for s in comm.clock.seconds]
+
+    monkeypatch.setattr(overlap_module, "race", as_told)
 
 
-def test_the_fastest_schedule_is_taken_and_measured_once():
+def test_the_fastest_schedule_is_taken_and_measured_once(clocks):
     """Catches a choice of the slowest, a measurement at every call, and one that decides for other sizes."""
     large, small = torch.empty(4096, 8), torch.empty(8, 8)
     w = torch.empty(512, 8)
@@ -236,7 +246,7 @@ def test_a_schedule_that_loses_three_rounds_is_not_taken():
     assert Measured([0], {**times, four: [9, 9, 9]}).fastest() == SEQUENTIAL
 
 
-def test_one_shot_is_a_choice_where_it_is_another_way():
+def test_one_shot_is_a_choice_where_it_is_another_way(clocks):
     """Catches a measurement of two ways that are one, and messages of a decode step that are never asked about."""
     y, w, x = torch.empty(8, 512), torch.empty(512, 8), torch.empty(8, 8)
     assert Clock(one_shot_above=y.nbytes).schedule(x, w, 16) is SEQUENTIAL
@@ -271,7 +281,7 @@ def test_report_by_hand():
     assert (layers["what"], layers["schedule"], layers["hidden_share"]) == ("layers, 1024 to 2047 tokens", "lanes", 0.5)
 
 
-def test_a_forced_schedule_is_not_measured():
+def test_a_forced_schedule_is_not_measured(clocks):
     """Catches a mode that is ignored."""
     x, w = torch.empty(4096, 8), torch.empty(512, 8)
     for mode, want in {"off": SEQUENTIAL, "lanes": SEQUENTIAL, "columns": Schedule(4), "one-shot": ONE_SHOT}.items():
@@ -280,12 +290,13 @@ def test_a_forced_schedule_is_not_measured():
         assert clock.schedule(x, w, 16) == want and clock.asked == 0
 
 
-def test_the_slowest_ranks_clock_decides():
+def test_the_slowest_ranks_clock_decides(monkeypatch):
     """Catches ranks that each believe their own clock, a rival that runs on when it has won or lost, a cold round."""
 
+    monkeypatch.setattr(race_module, "_seconds", lambda run, repeats, device: float(run()))
+
     def measure(comm):
-        overlap, calls = Overlap(comm), []
-        overlap._seconds = lambda run, repeats: float(run())
+        calls = []
 
         def taking(*seconds):
             """Seconds of each round: the first to warm up, the last those of all that follow."""
@@ -294,7 +305,7 @@ def test_the_slowest_ranks_clock_decides():
 
         compute, sequential = taking(1 + comm.rank), taking(9, 5 - comm.rank)
         wins, loses = taking(99, 6, 4, 6, 4), taking(0, 6, 4, 5, 6)
-        return overlap.race(compute, sequential, wins, loses), len(calls)
+        return race(comm, compute, sequential, wins, loses), len(calls)
 
     wins, loses = [6.0, 4.0, 6.0, *[4.0] * 8], [6.0, 4.0, 5.0, 6.0]
     for found, num_calls in tp_runtime.run_local(measure, 3):

@@ -29,7 +29,8 @@ from torch.compiler import is_dynamo_compiling
 from transformers import DynamicCache
 
 from .communicator import NullCommunicator
-from .overlap import Overlap, room_for_collectives, wins
+from .overlap import Overlap, room_for_collectives
+from .race import race, wins
 
 
 class _Abandoned(BaseException):
@@ -216,6 +217,6 @@ def _measure(model: nn.Module, forward: Callable, halves: tuple[dict, dict], ove
     layers = model.layers
     model.layers = layers[:_MEASURED_LAYERS]
     try:
-        return overlap.race(silent, whole, laned)
+        return race(overlap.comm, silent, whole, laned)
     finally:
         model.layers = layers

@@ -23,15 +23,14 @@ The compute stream is the current one. The other is the communicator's own: `all
 compute stream, and the handle's `wait` lets the compute stream wait for it; on a GPU the host waits for neither. A
 block lives until its handle has been waited for.
 
-Which schedule is the fastest is measured once for each size of GEMM, on the live group, by the slowest rank's clock;
-for a sum without a GEMM of its own, that of experts, once for each size of message.
+Which schedule is the fastest is measured once for each size of GEMM, on the live group: see race.py; for a sum without
+a GEMM of its own, that of experts, once for each size of message.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,12 +42,11 @@ from torch.compiler import is_dynamo_compiling
 from .communicator import Communicator
 from .kernels.gemm import gemm
 from .kernels.rms_norm import AddNorm
+from .race import Run, race, wins
 
 # Below, a collective is bound by latency, and two of half the size take twice as long (NCCL: 7 to 18 us a call).
 MIN_CUT_BYTES = 1 << 20
 _COLUMN_BLOCKS = (2, 4)
-# What is no faster than its rival wins so many rounds in 3 races of 100; what is faster in 9 rounds of 10 does in 91.
-_ROUNDS, _WINS = 11, 9
 _REPEATED_BYTES = 64 << 10  # shorter runs are measured as they follow each other in a model, this much together
 _MAX_REPEATS = 20
 
@@ -99,23 +97,6 @@ def hidden_share(compute_s: Sequence[float], sequential_s: Sequence[float], sche
     the communication is left to be seen; 0 where there is none to hide."""
     compute, sequential, schedule = map(statistics.median, (compute_s, sequential_s, schedule_s))
     return 1 - (schedule - compute) / (sequential - compute) if sequential > compute else 0.0
-
-
-def wins(seconds: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether so many rounds were faster than the other's rounds beside them that chance alone rarely does that."""
-    return _num_faster(seconds, others) >= _WINS
-
-
-def _is_decided(seconds: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the rounds that are left cannot change what `wins` says."""
-    return wins(seconds, others) or len(seconds) - _num_faster(seconds, others) > _ROUNDS - _WINS
-
-
-def _num_faster(seconds: Sequence[float], others: Sequence[float]) -> int:
-    return sum(a < b for a, b in zip(seconds, others))  # the others may have gone on for longer
-
-
-Run = Callable[[], object]
 
 
 class Lanes(Protocol):
@@ -181,7 +162,7 @@ class Overlap:
                 return SEQUENTIAL
             schedules = [SEQUENTIAL, *map(Schedule, blocks), *one_shot]
             repeats = min(_MAX_REPEATS, 1 + _REPEATED_BYTES // max(num_bytes, 1))
-            compute_s, *schedule_s = self.race(compute, *(partial(runs, s) for s in schedules), repeats=repeats)
+            compute_s, *schedule_s = race(self.comm, compute, *(partial(runs, s) for s in schedules), repeats=repeats)
             self.measured[size] = Measured(compute_s, dict(zip(schedules, schedule_s, strict=True)))
         return self.measured[size].fastest()
 
@@ -222,40 +203,6 @@ class Overlap:
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured: no time for measurements."""
         return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def race(self, compute: Run, sequential: Run, *rivals: Run, repeats: int = 1) -> list[list[float]]:
-        """Seconds of each in each round, by the slowest rank's clock: the same on every rank, so all decide alike.
-
-        Every rank calls it, with the same runs; they take turns, after one round to warm up. A rival that has won
-        against `sequential`, or no longer can, runs no more.
-
-        Args:
-            repeats: how often a run is repeated within a round, as calls follow each other in a model.
-        """
-        runs = (compute, sequential, *rivals)
-        found: list[list[float]] = [[] for _ in runs]
-        for i in range(1 + _ROUNDS):
-            running = [0, 1, *(k for k in range(2, len(runs)) if not _is_decided(found[k], found[1]))]
-            if len(running) == 2:
-                break
-            mine = [self._seconds(runs[k], repeats) for k in running]
-            slowest = map(max, zip(*self.comm.gather_json(mine), strict=True))
-            if i:
-                for k, seconds in zip(running, slowest, strict=True):
-                    found[k].append(seconds)
-        return found
-
-    def _seconds(self, run: Run, repeats: int) -> float:
-        self._finish_device()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        self._finish_device()
-        return (time.perf_counter() - began) / repeats
-
-    def _finish_device(self) -> None:
-        if self.comm.device.type == "cuda":
-            torch.cuda.synchronize(self.comm.device)
 
 
 def _bits(m: int) -> int:
