@@ -75,6 +75,7 @@ def test_host(run):
     assert len(written["targets"]) == 3
 
 
+@pytest.mark.slow
 def test_layers():
     """Catches a microbenchmark that does not run, and a bench_*.py that `pytest bench` cannot collect."""
     pytest.importorskip("pytest_benchmark")

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [f"{family}-9/3" for family in DENSE_OPTIONS]
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("mode", ["left-padded batch", "static cache"])
 @pytest.mark.parametrize("name", [*NAMES, "starcoder2-sliding", "smollm3-sliding"])
 def test_generate_gives_the_unpatched_models_tokens(name, mode):

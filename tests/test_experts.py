@@ -60,6 +60,7 @@ def outputs(model, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [y[0].view(x.shape) if isinstance(y, tuple) else y for y, x in zip(out, inputs)]
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("width, num_experts, top_k", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_block_is_the_whole_one(family, width, num_experts, top_k):

@@ -42,6 +42,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("activation, dtype", EXACT)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kernel_is_as_exact_as_torch(tile, activation, dtype):

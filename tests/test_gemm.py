@@ -35,6 +35,7 @@ def exact(x, w, bias=None, residual=None, activation=None):
     return y if residual is None else y + residual.double()
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kernel_is_as_exact_as_torch(tile, dtype):

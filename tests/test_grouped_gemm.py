@@ -62,6 +62,7 @@ def assert_exact(got, given, **options):
     assert_as_exact_as(got, [grouped_gemm.experts_ref(*one, **options) for one in shuffled], fp64(given, **options))
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("is_transposed, dtype", LAYOUTS)
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 64, 48), (7, 16, 3, 48, 40), (33, 2, 1, 72, 24)], ids=str)

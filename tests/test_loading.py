@@ -72,6 +72,7 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 # Every other size for every other case: whoever reads its slices wrongly at one size does so in more than one case.
+@pytest.mark.halved
 @pytest.mark.parametrize(
     "name, tp_size",
     [

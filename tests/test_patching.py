@@ -62,6 +62,7 @@ def error_of(fn, *args, **kwargs) -> str:
 # Logits and tokens
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("tp_size", SIZES_BY_HASTE)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens_are_those_of_the_whole_model(name, tp_size):
@@ -197,6 +198,7 @@ def assert_about_as_exact(family: str, errors: list[float]) -> None:
     assert errors[0] <= limit * rms_error_on_one_rank(family)
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("tp_size", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_about_as_exact_as_on_one_rank(family, tp_size):
@@ -234,6 +236,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
         assert (a - b).abs().max() <= (TOLERANCE if a.is_floating_point() else 0)
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("mode", [*MODES, *SAMPLED])
 @pytest.mark.parametrize("name, tp_size", [("qwen2-mixed", 2), ("mixtral-sliding", 4), ("gemma3_text-9/3", 3)])
 def test_generate_gives_the_unpatched_models_tokens(name, tp_size, mode):
@@ -561,6 +564,7 @@ def test_the_report_and_the_printed_model_say_what_was_replaced():
     assert repr(model) == shown and len(model._forward_pre_hooks) == 1
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("tp_size", [1, 3])
 @pytest.mark.parametrize(
     "name",

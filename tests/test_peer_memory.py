@@ -40,7 +40,7 @@ def a_thousand_calls(comm):
     return wrong
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_thousand_calls_with_late_ranks(size):
     """Catches a part that is read before it was written, or overwritten before everyone has read it."""
     assert run_gloo(a_thousand_calls, size) == [[]] * size

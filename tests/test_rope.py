@@ -111,6 +111,7 @@ def test_rotates_as_hugging_face(form, scaling):
             assert (cache[:, :, :3] == 7).all() and (cache[:, :, 3 + length :] == 7).all()
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("unit_offset", [False, True], ids=["plain", "unit_offset"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("with_norm", [False, True], ids=["", "norm"])

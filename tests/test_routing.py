@@ -37,6 +37,7 @@ def test_kernel_routes_as_torch(num_tokens, num_experts, top_k, dtype):
         torch.testing.assert_close(weights, torchs)
 
 
+@pytest.mark.halved
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scoring, renormalise", SCORINGS)
 def test_weights_are_as_exact_as_torchs(scoring, renormalise, dtype):
