@@ -142,9 +142,7 @@ class Overlap:
         zeros = partial(torch.zeros_like, y)
         return self._choose(size, m, zeros, lambda schedule: _sum(zeros(), self.comm, schedule))
 
-    def _choose(
-        self, size: Size, m: int, compute: Run, runs: Callable[[Schedule], object]
-    ) -> Schedule:
+    def _choose(self, size: Size, m: int, compute: Run, runs: Callable[[Schedule], object]) -> Schedule:
         if self.mode in ("off", "lanes") or is_dynamo_compiling():
             return SEQUENTIAL
         if self.mode == "one-shot":
