@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,31 +24,39 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def _gemm_cases(op: str, stacked: int, arch: int) -> Iterator[Case]:
     """Every candidate, for each size of tile that M makes; one of each kernel for a matrix that no tile divides.
 
-    Of gemm the last one, whose tile is the largest, also with all that it may take besides: there registers are rarest;
-    but for the residual of many tokens, which layers add with the norm, and with which the largest tiles spill.
+    And in every form, which all differ in the registers that they want: each of prefill, where these are rarest; of the
+    other kernels the last one, whose tile is the largest.
     """
     kernels = importlib.import_module(f"tp_runtime.kernels.{op}")
+    launched = importlib.import_module("tp_runtime.kernels.gemm_launch").launched
     tokens = {"vector": (1,), "decode": (16, 64, 128), "prefill": (4096,)}
     odd = {"vector": (1, 4090, 4090), "decode": (5, 4090, 4090), "prefill": (1000, 4088, 4088)}
     for kernel, ms in tokens.items():
         sizes: list[tuple] = [(m, 4096, 4096, torch.bfloat16, slice(None), {}) for m in ms]
         sizes.append((*odd[kernel], torch.float16, slice(1), {}))
-        if op == "gemm":
-            m, n, dtype = ms[-1], 4096, torch.bfloat16
-            every = {"bias": meta(n, dtype=dtype), "residual": meta(m, n, dtype=dtype), "activation": "gelu_tanh"}
-            if kernel == "prefill":
-                del every["residual"]
-            sizes.append((m, n, 4096, dtype, slice(-1, None), every))
-        for m, n, k, dtype, some, beside in sizes:
+        some = slice(None) if kernel == "prefill" else slice(-1, None)
+        _, *forms = _gemm_forms(ms[-1], 4096, stacked)
+        sizes += [(ms[-1], 4096, 4096, torch.bfloat16, some, form) for form in forms]
+        for m, n, k, dtype, some, form in sizes:
             configs = [config for name, config in kernels.candidates(m, n, k, dtype) if name == kernel]
+            names = [what if isinstance(what, str) else name for name, what in form.items()]
             for config in configs[some]:
                 x, w = meta(m, k, dtype=dtype), meta(stacked * n, k, dtype=dtype)
                 yield Case(
-                    op, kernel, arch, dtype, " ".join((f"M={m} N={n} K={k}", *beside)),
-                    functools.partial(kernels.run, x, w, **beside, kernel=kernel, config=config), config,
+                    op, kernel, arch, dtype, " ".join((f"M={m} N={n} K={k}", *names)),
+                    functools.partial(kernels.run, x, w, **form, kernel=kernel, config=config), config,
                     tensor_cores=_tensor_cores(kernel, config, arch), has_wide_loads=k % 8 == 0,
-                    is_specialized=getattr(config, "specialize", False), may_spill=k % 8 != 0,
+                    is_specialized=getattr(launched(config, form.get("activation")), "specialize", False),
+                    may_spill=k % 8 != 0,
                 )  # fmt: skip
+
+
+def _gemm_forms(m: int, n: int, stacked: int) -> Iterator[dict[str, Any]]:
+    """What a GEMM takes besides x and w, in all combinations, of which the first is nothing."""
+    bias, residual = meta(stacked * n, dtype=torch.bfloat16), meta(m, n, dtype=torch.bfloat16)
+    activations = (None, "silu", "gelu", "gelu_tanh") if stacked == 1 else (None, "gelu", "gelu_tanh")  # None: silu
+    for several in itertools.product((None, bias), (None, residual) if stacked == 1 else (None,), activations):
+        yield {name: what for name, what in zip(("bias", "residual", "activation"), several) if what is not None}
 
 
 def _tensor_cores(kernel: str, config: Any, arch: int) -> str:

@@ -13,7 +13,7 @@ bits whoever is last.
 All accumulate in fp32 and round once, at the store. What is counted from the start of a tensor has 64 bits. What
 optional pointers that are None concern is not compiled: bias, residual, and up, which makes a GEMM a gated one.
 
-Grouped tile order, the persistent loop and the tile that is stored in halves follow Triton's tutorials 03 and 09.
+Grouped tile order, the persistent loop and the tile that is stored in parts follow Triton's tutorials 03 and 09.
 Nothing here has met a GPU yet.
 """
 
@@ -36,10 +36,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """What is stored of a tile, fp32 [BLOCK_M, BLOCK_N]: everything after the sum over K. `up` counts if gated."""
+def _act(acc, up, bias_ptr, offs_n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """A tile after its bias and activation, fp32 [BLOCK_M, BLOCK_N]. `up` counts if gated."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION is not None:
@@ -48,6 +46,15 @@ def _finish(
         if bias_ptr is not None:
             up += tl.load(bias_ptr + N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         acc *= up
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """What is stored of a tile, fp32 [BLOCK_M, BLOCK_N]: everything after the sum over K."""
+    acc = _act(acc, up, bias_ptr, offs_n, N, ACTIVATION, GATED)
     if residual_ptr is not None:
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]
@@ -171,12 +178,32 @@ def _halves(tile):
 
 
 @triton.jit
+def _parts(tile, PARTS: tl.constexpr):
+    """A tile's columns in equal parts, from left to right; a power of two."""
+    parts = (tile,)
+    for _ in tl.static_range(PARTS - 1):  # all are cut once before the first is cut again
+        parts = parts[1:] + _halves(parts[0])
+    return parts
+
+
+@triton.jit
+def _store(
+    acc, up, bias_ptr, residual, y, m, n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """acc, up: a part of a tile, whose first row and column are m and n."""
+    out = _act(acc, up, bias_ptr, n + tl.arange(0, acc.shape[1]), N, ACTIVATION, GATED)
+    if residual is not None:
+        out += residual.load([m, n]).to(tl.float32)
+    y.store([m, n], out.to(y.dtype))
+
+
+@triton.jit
 def _prefill_kernel(
-    x, w, w_up, y, bias_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym,
+    x, w, w_up, residual, y, bias_ptr, M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym,
     ACTIVATION: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STORE_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x, w, w_up and y are descriptors made by the host; pointers if warps are specialised."""
+    """x, w, w_up, residual and y are descriptors made by the host; pointers if warps are specialised."""
     GATED: tl.constexpr = w_up is not None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -188,6 +215,8 @@ def _prefill_kernel(
         w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
         if GATED:
             w_up = tl.make_tensor_descriptor(w_up, [N, K], [stride_un, 1], [BLOCK_N, BLOCK_K])
+        if residual is not None:
+            residual = tl.make_tensor_descriptor(residual, [M, N], [stride_rm, 1], [BLOCK_M, STORE_N])
         y = tl.make_tensor_descriptor(y, [M, N], [stride_ym, 1], [BLOCK_M, STORE_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(
@@ -205,15 +234,13 @@ def _prefill_kernel(
             acc = tl.dot(x_tile, w.load([n, k]).T, acc)
             if GATED:
                 up = tl.dot(x_tile, w_up.load([n, k]).T, up)
-        if STORE_N < BLOCK_N:  # one half after the other takes half the registers and half the shared memory
-            accs, ups = _halves(acc), _halves(up)
-        else:
-            accs, ups = (acc,), (up,)
-        offs_m = m + tl.arange(0, BLOCK_M)
-        for i in tl.static_range(BLOCK_N // STORE_N):
+        PARTS: tl.constexpr = BLOCK_N // STORE_N
+        accs, ups = _parts(acc, PARTS), _parts(up, PARTS)
+        for i in tl.static_range(PARTS):
             start = n + i * STORE_N
-            offs_n = start + tl.arange(0, STORE_N)
-            out = _finish(
-                accs[i], ups[i], bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED,
-            )  # fmt: skip
-            y.store([m, start], out.to(y.dtype))
+            # The branch keeps ptxas from computing all parts at a time, for which it has no registers. A flattened loop
+            # does not compile with it.
+            if i == 0 or FLATTEN:
+                _store(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)
+            elif start < N:
+                _store(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)

@@ -15,6 +15,7 @@ from .target import COUNTERS, arch, arrival_counters, free_sms, has_pdl, launch_
 DECODE_M = 128  # most tokens of the decode kernel
 LANE = 8  # elements of 16 bits in the 16 bytes of the widest load
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program, at most
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def split_k(n: int, k: int, config: Decode, sms: int) -> int:
@@ -29,17 +30,28 @@ def block_m(m: int) -> int:
 
 
 def store_n(config: Prefill) -> int:
-    """Columns of a prefill tile that are stored at a time: half of them, of a tile large enough. Halves of smaller ones
-    spill on sm_100, and Triton 3.6 does not compile them where warps are specialised."""
-    is_halved = config.block_m >= (256 if arch() == 100 else 128) and not config.specialize
-    return config.block_n // 2 if is_halved else config.block_n
+    """Columns of a prefill tile that go through bias, activation and residual to y at a time: as many as the registers
+    beside the accumulators have room for."""
+    if config.specialize and TRITON < (3, 7):  # which does not compile the cutting of such a tile
+        return config.block_n
+    return min(config.block_n, 64)
+
+
+def launched(config: Config, activation: str | None) -> Config:
+    """What is launched in place of `config`: exact gelu, whose erf wants the most registers, spills where a tile is not
+    stored in parts, one after the other: in a flattened loop, and by warps that are specialised by an old Triton."""
+    if activation == "gelu" and isinstance(config, Prefill) and (config.flatten or store_n(config) > 64):
+        return config._replace(num_warps=8, flatten=False, specialize=False)
+    return config
 
 
 def shared_bytes(m: int, config: Config, gated: bool) -> int:
-    """Shared memory of a program: what its loads have in flight, and for prefill what is being stored."""
+    """Shared memory of a program, at most: what its loads have in flight, and for prefill what is being stored."""
     rows = {Vector: 1, Decode: block_m(m), Prefill: getattr(config, "block_m", 0)}[type(config)]
     step = (rows + (2 if gated else 1) * config.block_n) * config.block_k * 2
-    return step * config.num_stages + (rows * store_n(config) * 2 if isinstance(config, Prefill) else 0)
+    stored = rows * store_n(config) * 2 if isinstance(config, Prefill) else 0
+    residuals = isinstance(config, Prefill) and config.flatten and not gated  # else they lie where y will
+    return step * config.num_stages + stored * (2 if residuals else 1)
 
 
 def launch(
@@ -67,6 +79,7 @@ def launch(
     if x.is_cuda and x.get_device() != torch.cuda.current_device():  # where Triton launches
         with torch.cuda.device(x.device):
             return launch(x, w, up, bias, residual, y, activation, config, sms)
+    config = launched(config, activation)
     bias = None if bias is None else bias.contiguous()
     x, w, up, residual, rows_of_y = map(as_rows, (x, w, up, residual, y))
     operands = (x, w, up, bias, residual, rows_of_y, activation)
@@ -119,27 +132,30 @@ def _prefetch_k(config: Vector | Decode) -> int:
 
 def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sms: int) -> None:
     (m, k), n = x.shape, len(w)
-    if not has_tma_layout(x, w, up, y):
+    if not has_tma_layout(x, w, up, residual, y):
         raise ValueError("the prefill kernel takes matrices whose rows lie at multiples of 16 bytes")
 
     grid = min(sms, triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n))
+    columns = store_n(config)
     blocks = {"x": (x, config.block_m, config.block_k), "w": (w, config.block_n, config.block_k)}
-    blocks |= {"w_up": (up, config.block_n, config.block_k), "y": (y, config.block_m, store_n(config))}
+    blocks |= {"w_up": (up, config.block_n, config.block_k)}
+    blocks |= {"residual": (residual, config.block_m, columns), "y": (y, config.block_m, columns)}
     if config.specialize:
         triton.set_allocator(_scratch)
-        operands = {name: matrix for name, (matrix, *_) in blocks.items()}
+        operands, options = {name: matrix for name, (matrix, *_) in blocks.items()}, {}
     else:
         operands = {
             name: None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
             for name, (matrix, *block) in blocks.items()
         }
+        options = {"maxnreg": 255}
     _prefill_kernel[(grid,)](
-        **operands, bias_ptr=bias, residual_ptr=residual, M=m, N=n, K=k,
+        **operands, bias_ptr=bias, M=m, N=n, K=k,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_un=0 if up is None else up.stride(0),
         stride_rm=0 if residual is None else residual.stride(0), stride_ym=y.stride(0),
         ACTIVATION=activation, PDL=has_pdl(), FLATTEN=config.flatten, SPECIALIZE=config.specialize,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STORE_N=store_n(config),
-        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STORE_N=columns,
+        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages, **options, **launch_options(),
     )  # fmt: skip
 
 

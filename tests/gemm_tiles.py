@@ -16,7 +16,8 @@ TILES = {
     "decode, K in 2 and 1 steps": ("decode", Decode(512, 16, 2, 4, 2), 5, 1300, 45),
     "decode, one step a program": ("decode", Decode(32, 16, 16, 4, 2), 33, 140, 45),
     "prefill": ("prefill", Prefill(32, 64, 16, group_m=2, num_warps=4, num_stages=2), 33, 136, 48),
+    "prefill, in parts, two past N": ("prefill", Prefill(32, 256, 16, 2, 4, 2), 33, 328, 48),
     "prefill, ragged groups": ("prefill", Prefill(16, 16, 32, group_m=4, num_warps=4, num_stages=2), 90, 72, 40),
-    "prefill, flat": ("prefill", Prefill(32, 32, 16, 2, 4, 2, flatten=True), 33, 136, 48),
-    "prefill, specialised": ("prefill", Prefill(32, 64, 16, 2, 4, 2, specialize=True), 33, 136, 48),
+    "prefill, flat": ("prefill", Prefill(32, 64, 16, 2, 4, 2, flatten=True), 33, 136, 48),
+    "prefill, specialised": ("prefill", Prefill(32, 128, 16, 2, 4, 2, specialize=True), 33, 136, 48),
 }

@@ -192,10 +192,24 @@ def test_rows_that_a_kernel_cannot_read():
         interpreted_gemm.run(x, w, kernel="vector", config=Vector(8, 32, 4, 2))
     with pytest.raises(ValueError, match="at most 128 rows of x, not 129"):
         interpreted_gemm.run(x[:1].expand(129, 48).contiguous(), w, kernel="decode", config=config)
-    with pytest.raises(ValueError, match="multiples of 16 bytes"):
-        interpreted_gemm.run(
-            x[:, :45].contiguous(), w[:, :45].contiguous(), kernel="prefill", config=Prefill(*[16] * 6)
-        )
+    narrow, odd = (x[:, :45].contiguous(), w[:, :45].contiguous()), torch.zeros(6, 73, dtype=torch.float16)[:, :72]
+    for operands_of_prefill in (narrow, (x, w, None, odd), (x, w, None, None, None, odd)):
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            interpreted_gemm.run(*operands_of_prefill, kernel="prefill", config=Prefill(*[16] * 6))
+
+
+def test_exact_gelu_takes_a_tile_that_is_stored_in_parts(monkeypatch):
+    """Catches a spill where Triton does not cut a tile, or does all parts at a time; and what is lost where it does."""
+    plain, small = Prefill(128, 256, 64, 8, 8, 3), Prefill(128, 64, 64, 8, 4, 4, specialize=True)
+    flat, special = plain._replace(flatten=True), plain._replace(num_warps=4, specialize=True)
+    monkeypatch.setattr(launching, "TRITON", (3, 7))
+    assert launching.store_n(special) == 64
+    assert [launching.launched(config, "gelu") for config in (plain, flat, special)] == [plain, plain, special]
+    monkeypatch.setattr(launching, "TRITON", (3, 6))
+    assert launching.store_n(special) == 256
+    assert [launching.launched(config, "gelu") for config in (plain, flat, special)] == [plain] * 3
+    for config, activation in ((special, None), (flat, "gelu_tanh"), (small, "gelu"), (Vector(8, 32, 4, 2), "gelu")):
+        assert launching.launched(config, activation) == config
 
 
 def test_long_prompts_have_rows():
@@ -215,13 +229,14 @@ def tuned_to(monkeypatch, kernel, config):
 
 def test_the_choice_is_what_was_measured(monkeypatch):
     """Catches a call that ignores the table, or its activation, and one that launches what cannot read its operands."""
-    x, w, bias, _ = operands(6, 72, 48)
+    x, w, bias, residual = operands(6, 72, 48)
     cases = {
-        "x @ w": (x, w),
-        "K = 45": (x[:, :45], w[:, :45].contiguous()),
-        "columns": (x.T.contiguous().T, w),
-        "float32": (x.float(), w.float()),
-        "gradients": (x.clone().requires_grad_(), w),
+        "x @ w": (x, w, residual),
+        "K = 45": (x[:, :45], w[:, :45].contiguous(), None),
+        "columns": (x.T.contiguous().T, w, None),
+        "float32": (x.float(), w.float(), None),
+        "gradients": (x.clone().requires_grad_(), w, None),
+        "residual at 146 bytes": (x, w, F.pad(residual, (0, 1))[:, :72]),
     }
     launched, launch = [], launching.launch
     monkeypatch.setattr(launching, "launch", lambda *a: launched.append(case) or launch(*a))
@@ -231,11 +246,12 @@ def test_the_choice_is_what_was_measured(monkeypatch):
         ("prefill", Prefill(16, 16, 16, 8, 4, 2)),
     ):
         tuned_to(monkeypatch, kernel, config)
-        for name, (a, b) in cases.items():
-            case = kernel, name
-            y = interpreted_gemm._gemm_cuda(a, b, bias.to(a.dtype), activation="silu")
-            assert_as_exact_as(y, F.silu(F.linear(a, b, bias.to(a.dtype))), exact(a, b, bias, activation="silu"))
-    assert launched == [("decode", "x @ w"), ("decode", "K = 45"), ("prefill", "x @ w")]
+        for name, (a, b, added) in cases.items():
+            case, given = (kernel, name), (a, b, bias.to(a.dtype), added, "silu")
+            y = interpreted_gemm._gemm_cuda(*given)
+            assert_as_exact_as(y, interpreted_gemm.gemm_ref(*given), exact(*given))
+    of_decode = ("x @ w", "K = 45", "residual at 146 bytes")
+    assert launched == [*(("decode", name) for name in of_decode), ("prefill", "x @ w")]
 
 
 def test_no_table_means_torch(monkeypatch):
