@@ -38,9 +38,9 @@ def store_n(config: Prefill) -> int:
 
 
 def launched(config: Config, activation: str | None) -> Config:
-    """What is launched in place of `config`: exact gelu, whose erf wants the most registers, spills where a tile is not
-    stored in parts, one after the other: in a flattened loop, and by warps that are specialised by an old Triton."""
-    if activation == "gelu" and isinstance(config, Prefill) and (config.flatten or store_n(config) > 64):
+    """What is launched in place of `config`: the erf of exact gelu wants more registers than a flattened loop and
+    specialised warps leave it."""
+    if activation == "gelu" and isinstance(config, Prefill) and (config.flatten or config.specialize):
         return config._replace(num_warps=8, flatten=False, specialize=False)
     return config
 
@@ -142,20 +142,20 @@ def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sm
     blocks |= {"residual": (residual, config.block_m, columns), "y": (y, config.block_m, columns)}
     if config.specialize:
         triton.set_allocator(_scratch)
-        operands, options = {name: matrix for name, (matrix, *_) in blocks.items()}, {}
+        arguments = {name: matrix for name, (matrix, *_) in blocks.items()}
     else:
-        operands = {
+        arguments = {
             name: None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
             for name, (matrix, *block) in blocks.items()
         }
-        options = {"maxnreg": 255}
+        arguments["maxnreg"] = 255  # no second program fits beside it; unasked, ptxas may spill at 72 registers
     _prefill_kernel[(grid,)](
-        **operands, bias_ptr=bias, M=m, N=n, K=k,
+        **arguments, bias_ptr=bias, M=m, N=n, K=k,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_un=0 if up is None else up.stride(0),
         stride_rm=0 if residual is None else residual.stride(0), stride_ym=y.stride(0),
         ACTIVATION=activation, PDL=has_pdl(), FLATTEN=config.flatten, SPECIALIZE=config.specialize,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STORE_N=columns,
-        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages, **options, **launch_options(),
+        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
     )  # fmt: skip
 
 
