@@ -50,16 +50,48 @@ def _act(acc, up, bias_ptr, offs_n, N, ACTIVATION: tl.constexpr, GATED: tl.const
 
 
 @triton.jit
-def _finish(
-    acc, up, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+def _store_by_pointer(
+    acc, up, bias_ptr, residual_ptr, y_ptr, stride_rm, stride_ym, offs_m, offs_n, M, N,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """What is stored of a tile, fp32 [BLOCK_M, BLOCK_N]: everything after the sum over K."""
-    acc = _act(acc, up, bias_ptr, offs_n, N, ACTIVATION, GATED)
+    """What is left to do for a tile after the sum over K."""
+    y = _act(acc, up, bias_ptr, offs_n, N, ACTIVATION, GATED)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if residual_ptr is not None:
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return acc
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_by_tma(acc, up, bias_ptr, residual, y, m, n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """The same by descriptors, of a tile whose first row and column are m and n."""
+    out = _act(acc, up, bias_ptr, n + tl.arange(0, acc.shape[1]), N, ACTIVATION, GATED)
+    if residual is not None:
+        out += residual.load([m, n]).to(tl.float32)
+    y.store([m, n], out.to(y.dtype))
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns: each thread keeps what it holds."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(tile, PARTS: tl.constexpr):
+    """A tile's columns in equal parts, from left to right; a power of two.
+
+    Whoever activates and stores one after the other puts each but the first behind a branch: else ptxas activates all
+    of them before it stores the first, for which it has no registers.
+    """
+    parts = (tile,)
+    for _ in tl.static_range(PARTS - 1):  # all are cut once before the first is cut again
+        parts = parts[1:] + _halves(parts[0])
+    return parts
 
 
 @triton.jit
@@ -130,9 +162,20 @@ def _decode_kernel(
                 up += tl.load(parts + s * PARTS + SIZE, cache_modifier=".cg")
         tl.store(arrived_ptr + tile, 0)
 
-    y = _finish(acc.T, up.T, bias_ptr, residual_ptr, stride_rm, offs_m, offs_n, M, N, ACTIVATION, GATED)
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    PART: tl.constexpr = BLOCK_M if BLOCK_M < 64 else 64
+    accs, ups = _parts(acc, BLOCK_M // PART), _parts(up, BLOCK_M // PART)
+    for i in tl.static_range(BLOCK_M // PART):
+        offs_m = i * PART + tl.arange(0, PART)
+        if i == 0:
+            _store_by_pointer(
+                accs[i].T, ups[i].T, bias_ptr, residual_ptr, y_ptr, stride_rm, stride_ym, offs_m, offs_n, M, N,
+                ACTIVATION, GATED,
+            )  # fmt: skip
+        elif i * PART < M:
+            _store_by_pointer(
+                accs[i].T, ups[i].T, bias_ptr, residual_ptr, y_ptr, stride_rm, stride_ym, offs_m, offs_n, M, N,
+                ACTIVATION, GATED,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -165,36 +208,7 @@ def _vector_kernel(
     M: tl.constexpr = 1
     offs_m = tl.arange(0, M)
     acc, up = tl.sum(acc, 1)[None], tl.sum(up, 1)[None]
-    y = _finish(acc, up, bias_ptr, residual_ptr, N, offs_m, offs_n, M, N, ACTIVATION, GATED)
-    tl.store(y_ptr + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=(offs_n < N)[None, :])
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns: each thread keeps what it holds."""
-    ROWS: tl.constexpr = tile.shape[0]
-    COLUMNS: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS)), (0, 2, 1)))
-
-
-@triton.jit
-def _parts(tile, PARTS: tl.constexpr):
-    """A tile's columns in equal parts, from left to right; a power of two."""
-    parts = (tile,)
-    for _ in tl.static_range(PARTS - 1):  # all are cut once before the first is cut again
-        parts = parts[1:] + _halves(parts[0])
-    return parts
-
-
-@triton.jit
-def _store(
-    acc, up, bias_ptr, residual, y, m, n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """acc, up: a part of a tile, whose first row and column are m and n."""
-    out = _act(acc, up, bias_ptr, n + tl.arange(0, acc.shape[1]), N, ACTIVATION, GATED)
-    if residual is not None:
-        out += residual.load([m, n]).to(tl.float32)
-    y.store([m, n], out.to(y.dtype))
+    _store_by_pointer(acc, up, bias_ptr, residual_ptr, y_ptr, N, N, offs_m, offs_n, M, N, ACTIVATION, GATED)
 
 
 @triton.jit
@@ -208,9 +222,7 @@ def _prefill_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if (
-        SPECIALIZE
-    ):  # the compiler shares the rows of a tile out to groups of warps, and cuts descriptors that it sees made
+    if SPECIALIZE:  # the compiler shares a tile's rows out to groups of warps, and cuts descriptors that it sees made
         x = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
         w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
         if GATED:
@@ -238,9 +250,7 @@ def _prefill_kernel(
         accs, ups = _parts(acc, PARTS), _parts(up, PARTS)
         for i in tl.static_range(PARTS):
             start = n + i * STORE_N
-            # The branch keeps ptxas from computing all parts at a time, for which it has no registers. A flattened loop
-            # does not compile with it.
-            if i == 0 or FLATTEN:
-                _store(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)
+            if i == 0 or FLATTEN:  # a flattened loop does not compile with a branch
+                _store_by_tma(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)
             elif start < N:
-                _store(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)
+                _store_by_tma(accs[i], ups[i], bias_ptr, residual, y, m, start, N, ACTIVATION, GATED)

@@ -13,6 +13,7 @@ TILES = {
     "decode": ("decode", Decode(block_n=512, block_k=16, programs_per_sm=0, num_warps=4, num_stages=2), 5, 1300, 45),
     "decode, 1 token": ("decode", Decode(2048, 16, 0, 4, 2), 1, 4500, 45),
     "decode, 33 tokens": ("decode", Decode(64, 32, 0, 4, 2), 33, 140, 45),
+    "decode, 70 tokens in parts of 64": ("decode", Decode(64, 32, 0, 4, 2), 70, 140, 45),
     "decode, K in 2 and 1 steps": ("decode", Decode(512, 16, 2, 4, 2), 5, 1300, 45),
     "decode, one step a program": ("decode", Decode(32, 16, 16, 4, 2), 33, 140, 45),
     "prefill": ("prefill", Prefill(32, 64, 16, group_m=2, num_warps=4, num_stages=2), 33, 136, 48),
