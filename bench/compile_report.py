@@ -2,7 +2,7 @@
 
     python -m bench.compile_report [--arch 80 90 100] [--op gemm ...] [--json]
 
-One table for each kernel and architecture, a line for each configuration:
+One table for each kernel and architecture, a line for each configuration and form (bias, residual, activation):
 
     registers, spill       of a thread; bytes of its registers that lie in memory instead
     shared, blocks         KiB of a block; blocks that live on one multiprocessor at a time

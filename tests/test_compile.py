@@ -24,15 +24,14 @@ CASES = [case for op in OPS for arch in CHIPS for case in cases(arch, [op])]
 
 
 def by_haste() -> Iterator:
-    """The cases, of which the first of each kernel and chip are compiled at every run; of gemm's on sm_90 all without
-    anything beside x and w, and of prefill's those with everything instead."""
+    """The cases, of which the first of each kernel and chip are compiled at every run; and half of gemm's on sm_90, of
+    prefill with everything that there is beside x and w, of the others with nothing."""
     first = {(case.op, case.kernel, case.arch): case.name for case in reversed(CASES)}
     for case in CASES:
-        form = case.shape.split()[3:] if case.op == "gemm" else []
-        is_of_all = form == (["bias", "residual", "gelu"] if case.kernel == "prefill" else [])
+        form = ["bias", "residual", "gelu"] if case.kernel == "prefill" else []
+        is_of_gemm = (case.op, case.arch, case.shape.split()[3:]) == ("gemm", 90, form)
         is_first = first[case.op, case.kernel, case.arch] == case.name
-        is_hasty = is_first or (case.arch, case.op) == (90, "gemm") and is_of_all
-        yield pytest.param(case, marks=() if is_hasty else pytest.mark.slow)
+        yield pytest.param(case, marks=() if is_first else pytest.mark.halved if is_of_gemm else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
