@@ -11,7 +11,7 @@ that share a tile leave behind is summed in the same launch, by the last of them
 bits whoever is last.
 
 All accumulate in fp32 and round once, at the store. What is counted from the start of a tensor has 64 bits. What
-optional pointers that are None concern is not compiled: bias, residual, and up, which makes a GEMM a gated one.
+optional operands that are None concern is not compiled: bias, residual, and up, which makes a GEMM a gated one.
 
 Grouped tile order, the persistent loop and the tile that is stored in parts follow Triton's tutorials 03 and 09.
 Nothing here has met a GPU yet.
@@ -36,8 +36,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _act(acc, up, bias_ptr, offs_n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """A tile after its bias and activation, fp32 [BLOCK_M, BLOCK_N]. `up` counts if gated."""
+def _bias_act(acc, up, bias_ptr, offs_n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """A tile after bias, activation and product with `up`, which counts if gated: fp32, as `acc`."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION is not None:
@@ -55,7 +55,7 @@ def _store_by_pointer(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """What is left to do for a tile after the sum over K."""
-    y = _act(acc, up, bias_ptr, offs_n, N, ACTIVATION, GATED)
+    y = _bias_act(acc, up, bias_ptr, offs_n, N, ACTIVATION, GATED)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if residual_ptr is not None:
         offs = offs_m.to(tl.int64)[:, None] * stride_rm + offs_n[None, :]
@@ -67,7 +67,7 @@ def _store_by_pointer(
 @triton.jit
 def _store_by_tma(acc, up, bias_ptr, residual, y, m, n, N, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """The same by descriptors, of a tile whose first row and column are m and n."""
-    out = _act(acc, up, bias_ptr, n + tl.arange(0, acc.shape[1]), N, ACTIVATION, GATED)
+    out = _bias_act(acc, up, bias_ptr, n + tl.arange(0, acc.shape[1]), N, ACTIVATION, GATED)
     if residual is not None:
         out += residual.load([m, n]).to(tl.float32)
     y.store([m, n], out.to(y.dtype))
@@ -162,16 +162,16 @@ def _decode_kernel(
                 up += tl.load(parts + s * PARTS + SIZE, cache_modifier=".cg")
         tl.store(arrived_ptr + tile, 0)
 
-    PART: tl.constexpr = BLOCK_M if BLOCK_M < 64 else 64
-    accs, ups = _parts(acc, BLOCK_M // PART), _parts(up, BLOCK_M // PART)
-    for i in tl.static_range(BLOCK_M // PART):
-        offs_m = i * PART + tl.arange(0, PART)
+    TOKENS: tl.constexpr = BLOCK_M if BLOCK_M < 64 else 64  # that are stored at a time
+    accs, ups = _parts(acc, BLOCK_M // TOKENS), _parts(up, BLOCK_M // TOKENS)
+    for i in tl.static_range(BLOCK_M // TOKENS):
+        offs_m = i * TOKENS + tl.arange(0, TOKENS)
         if i == 0:
             _store_by_pointer(
                 accs[i].T, ups[i].T, bias_ptr, residual_ptr, y_ptr, stride_rm, stride_ym, offs_m, offs_n, M, N,
                 ACTIVATION, GATED,
             )  # fmt: skip
-        elif i * PART < M:
+        elif i * TOKENS < M:
             _store_by_pointer(
                 accs[i].T, ups[i].T, bias_ptr, residual_ptr, y_ptr, stride_rm, stride_ym, offs_m, offs_n, M, N,
                 ACTIVATION, GATED,

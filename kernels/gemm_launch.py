@@ -11,11 +11,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .gemm_configs import Config, Configs, Decode, Prefill, Vector, as_rows, has_tma_layout
 from .gemm_kernels import _decode_kernel, _prefill_kernel, _vector_kernel
 from .target import COUNTERS, arch, arrival_counters, free_sms, has_pdl, launch_options, num_sms
+from .tuned import triton_minor
 
 DECODE_M = 128  # most tokens of the decode kernel
 LANE = 8  # elements of 16 bits in the 16 bytes of the widest load
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program, at most
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+TRITON = tuple(map(int, triton_minor().split(".")))
 
 
 def split_k(n: int, k: int, config: Decode, sms: int) -> int:
@@ -49,9 +50,10 @@ def shared_bytes(m: int, config: Config, gated: bool) -> int:
     """Shared memory of a program, at most: what its loads have in flight, and for prefill what is being stored."""
     rows = {Vector: 1, Decode: block_m(m), Prefill: getattr(config, "block_m", 0)}[type(config)]
     step = (rows + (2 if gated else 1) * config.block_n) * config.block_k * 2
-    stored = rows * store_n(config) * 2 if isinstance(config, Prefill) else 0
-    residuals = isinstance(config, Prefill) and config.flatten and not gated  # else they lie where y will
-    return step * config.num_stages + stored * (2 if residuals else 1)
+    if not isinstance(config, Prefill):
+        return step * config.num_stages
+    tiles = 2 if config.flatten and not gated else 1  # of y, and of the residual; else that lies where y will
+    return step * config.num_stages + tiles * rows * store_n(config) * 2
 
 
 def launch(
@@ -148,7 +150,7 @@ def _launch_prefill(x, w, up, bias, residual, y, activation, config: Prefill, sm
             name: None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
             for name, (matrix, *block) in blocks.items()
         }
-        arguments["maxnreg"] = 255  # no second program fits beside it; unasked, ptxas may spill at 72 registers
+        arguments["maxnreg"] = 255  # no second program fits beside it; else ptxas spills at fewer, on sm_100
     _prefill_kernel[(grid,)](
         **arguments, bias_ptr=bias, M=m, N=n, K=k,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_un=0 if up is None else up.stride(0),
